@@ -1,0 +1,120 @@
+// Waiting for others, and what is left behind when they do not come: a record that the host reads, and a kernel that
+// drains. Time is virtual: it moves with the engine's steps, and jumps when a launch is told to let waits expire.
+#pragma once
+
+#include <deep_ep/device/sim/memory.cuh>
+#include <deep_ep/device/sim/thread.cuh>
+
+namespace deep_ep::device {
+
+// Who waited for whom in vain. In memory that the host can read, and zero while all is well.
+struct FaultRecord {
+  std::uint32_t state;  // 0 none, 1 being written, 2 readable by whoever acquires the 2
+  std::uint32_t phase;
+  std::int32_t block, thread, peer;
+  std::uint32_t expected, seen;
+  std::uint32_t reserved;
+  std::uint64_t waited_ns;
+};
+static_assert(sizeof(FaultRecord) == 40 && EP_OFFSET(FaultRecord, waited_ns) == 32, "the host reads it by offsets");
+
+// How long to wait, and where to complain.
+struct Patience {
+  FaultRecord* fault;
+  std::uint64_t timeout_ns;  // 0: forever, or until another thread's fault
+};
+
+// What a wait is for.
+struct Waiting {
+  std::uint32_t phase;
+  std::int32_t peer;
+  std::uint32_t expected;
+};
+
+// Virtual nanoseconds since the launch.
+std::uint64_t clock_ns();
+
+// Nothing to do: launches of the simulated machine do not overlap.
+EP_DEVICE void launch_dependents() {}
+EP_DEVICE void wait_for_prerequisites() {}
+
+}  // namespace deep_ep::device
+
+namespace deep_ep::sim {
+
+inline constexpr std::uint64_t kNever = ~std::uint64_t{0};
+
+// What a parked thread waits for, for reports.
+struct Wait {
+  const char* what;
+  Site site;
+  const device::Waiting* waiting = nullptr;  // with the word last seen, in a wait for one
+  std::uint32_t seen = 0;
+  std::uint64_t deadline_ns = kNever;
+};
+
+// Between the two no other thread runs, and the engine notes which words are loaded.
+void begin_poll(const Site& site);
+void end_poll();
+
+// Ends a poll that found nothing: sleeps until one of the words it loaded changes. False once the deadline has passed.
+bool park_poll(const Wait& wait);
+
+}  // namespace deep_ep::sim
+
+namespace deep_ep::device {
+
+namespace detail {
+
+// The first thread that gives up writes the record; the release of state 2 publishes its fields.
+EP_DEVICE void record_fault(FaultRecord* fault, const Waiting& waiting, std::uint32_t seen, std::uint64_t waited_ns,
+                            const sim::Site& site) {
+  if (compare_exchange_gpu(&fault->state, 0u, 1u, site) != 0) return;
+  fault->phase = waiting.phase;
+  fault->block = block_idx();
+  fault->thread = thread_idx();
+  fault->peer = waiting.peer;
+  fault->expected = waiting.expected;
+  fault->seen = seen;
+  fault->waited_ns = waited_ns;
+  store_release_sys(&fault->state, 2u, site);
+}
+
+}  // namespace detail
+
+// Polls `load() -> uint32_t` until it equals `waiting.expected`: true. False after the timeout, which it records, or
+// soon after any thread of this GPU recorded a fault; then the caller drains: it starts no other wait and never uses
+// what did not arrive. Orders what `load` orders.
+template <class Load>
+EP_DEVICE bool wait_until_equals(const Patience& patience, const Waiting& waiting, Load load,
+                                 sim::Site site = sim::Site::current()) {
+  const std::uint64_t start_ns = clock_ns();
+  const std::uint64_t deadline_ns = patience.timeout_ns == 0 ? sim::kNever : start_ns + patience.timeout_ns;
+  while (true) {
+    sim::begin_poll(site);
+    const std::uint32_t seen = load();
+    const bool has_arrived = seen == waiting.expected;
+    const bool is_over = has_arrived || load_relaxed_sys(&patience.fault->state, site) != 0;
+    if (is_over) {
+      sim::end_poll();
+      return has_arrived;
+    }
+    if (!sim::park_poll({"a word", site, &waiting, seen, deadline_ns})) {
+      detail::record_fault(patience.fault, waiting, seen, clock_ns() - start_ns, site);
+      return false;
+    }
+  }
+}
+
+// A wait for threads of this GPU that are bound to come; `what` names it in reports.
+template <class Predicate>
+EP_DEVICE void wait_until(const char* what, Predicate predicate, sim::Site site = sim::Site::current()) {
+  while (true) {
+    sim::begin_poll(site);
+    if (predicate()) break;
+    sim::park_poll({what, site});
+  }
+  sim::end_poll();
+}
+
+}  // namespace deep_ep::device

@@ -1,0 +1,98 @@
+// Waiting for others, and what is left behind when they do not come: a record that the host reads, and a kernel that
+// drains. No printf (it costs stack), no trap (it would end the process's context for good).
+#pragma once
+
+#include <deep_ep/device/sm90/memory.cuh>
+#include <deep_ep/device/sm90/thread.cuh>
+
+namespace deep_ep::device {
+
+// Who waited for whom in vain. In memory that the host can read, and zero while all is well.
+struct FaultRecord {
+  std::uint32_t state;  // 0 none, 1 being written, 2 readable by whoever acquires the 2
+  std::uint32_t phase;
+  std::int32_t block, thread, peer;
+  std::uint32_t expected, seen;
+  std::uint32_t reserved;
+  std::uint64_t waited_ns;
+};
+static_assert(sizeof(FaultRecord) == 40 && EP_OFFSET(FaultRecord, waited_ns) == 32, "the host reads it by offsets");
+
+// How long to wait, and where to complain.
+struct Patience {
+  FaultRecord* fault;
+  std::uint64_t timeout_ns;  // 0: forever, or until another thread's fault
+};
+
+// What a wait is for.
+struct Waiting {
+  std::uint32_t phase;
+  std::int32_t peer;
+  std::uint32_t expected;
+};
+
+// Nanoseconds of the GPU's own clock, the same for all its SMs; it moves in steps of up to a microsecond.
+EP_DEVICE std::uint64_t clock_ns() {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+namespace detail {
+
+// Looking at the clock and at the fault record (in host memory: a PCIe round trip) is for those who wait long.
+inline constexpr int kPollsPerLook = 512;
+
+// The first thread that gives up writes the record; the release of state 2 publishes its fields. The competitors are
+// threads of this GPU, so its scope is enough for the exchange, and no PCIe atomics are asked for.
+EP_DEVICE void record_fault(FaultRecord* fault, const Waiting& waiting, std::uint32_t seen, std::uint64_t waited_ns) {
+  if (compare_exchange_gpu(&fault->state, 0u, 1u) != 0) return;
+  fault->phase = waiting.phase;
+  fault->block = block_idx();
+  fault->thread = thread_idx();
+  fault->peer = waiting.peer;
+  fault->expected = waiting.expected;
+  fault->seen = seen;
+  fault->waited_ns = waited_ns;
+  store_release_sys(&fault->state, 2u);
+}
+
+}  // namespace detail
+
+// Polls `load() -> uint32_t` until it equals `waiting.expected`: true. False after the timeout, which it records, or
+// soon after any thread of this GPU recorded a fault; then the caller drains: it starts no other wait and never uses
+// what did not arrive. Orders what `load` orders.
+template <class Load>
+EP_DEVICE bool wait_until_equals(const Patience& patience, const Waiting& waiting, Load load) {
+  std::uint32_t seen = load();
+  if (seen == waiting.expected) return true;
+  const std::uint64_t start_ns = clock_ns();
+  while (true) {
+#pragma unroll 1
+    for (int poll = 0; poll < detail::kPollsPerLook; ++poll) {
+      seen = load();
+      if (seen == waiting.expected) return true;
+    }
+    if (load_relaxed_sys(&patience.fault->state) != 0) return false;
+    const std::uint64_t waited_ns = clock_ns() - start_ns;
+    if (patience.timeout_ns != 0 && waited_ns >= patience.timeout_ns) {
+      detail::record_fault(patience.fault, waiting, seen, waited_ns);
+      return false;
+    }
+  }
+}
+
+// A wait for threads of this GPU that are bound to come; `what` names it in the simulator's reports.
+template <class Predicate>
+EP_DEVICE void wait_until([[maybe_unused]] const char* what, Predicate predicate) {
+  while (!predicate()) {
+  }
+}
+
+// Programmatic dependent launch. The next kernel of the stream may start once all blocks said this (or ended); ...
+EP_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ... it waits here until the kernels before it have ended and their memory is visible.
+EP_DEVICE void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+}  // namespace deep_ep::device

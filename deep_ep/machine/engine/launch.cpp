@@ -1,0 +1,257 @@
+#include "launch.hpp"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <stdexcept>
+
+#include "copies.hpp"
+#include "memory.hpp"
+#include "report.hpp"
+#include "scheduler.hpp"
+#include "watch.hpp"
+#include "words.hpp"
+
+namespace deep_ep::sim {
+namespace {
+
+// ThreadSanitizer has room for 8,128 lines, and a process for 65,530 mappings, of which a line takes eight. Ten lines
+// of a block are for its copy engine.
+constexpr std::size_t kMaxRaceFibers = 7800;
+constexpr std::uint8_t kPoison = 0xcb;
+
+// Recycled from launch to launch: above all, a new line of ThreadSanitizer takes 0.4 ms.
+std::vector<std::unique_ptr<Fiber>> fiber_pool;
+std::vector<std::unique_ptr<Block>> block_pool;
+
+tsan::Token launch_begin, launch_end;
+
+// What one launch uses of the pools.
+struct Stage {
+  std::vector<std::unique_ptr<Grid>> grids;
+  std::vector<std::unique_ptr<std::max_align_t[]>> args;
+  std::vector<Block*> blocks;
+  std::vector<Fiber*> fibers;
+};
+
+void run_fiber() {
+  Fiber& fiber = scheduler.current();
+  const Grid& grid = *fiber.block->grid;
+  launch_begin.acquire();
+  grid.entry(grid.args);
+  --fiber.block->num_running;
+  check_leaving(fiber);
+  scheduler.finish();
+}
+
+template <class T>
+T* find_symbol(void* object, const std::string& name) {
+  return reinterpret_cast<T*>(dlsym(object, name.c_str()));
+}
+
+// Opens the kernel's shared object, once, and checks the request against what the kernel says of itself.
+void* find_entry(const LaunchRequest& request) {
+  static std::map<std::string, void*> objects;
+  void*& object = objects[request.kernel];
+  if (object == nullptr) object = dlopen(request.kernel.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (object == nullptr) throw std::runtime_error(std::string("the kernel cannot be loaded: ") + dlerror());
+  void* entry = dlsym(object, request.entry.c_str());
+  const auto* num_threads = find_symbol<const int>(object, request.entry + "_num_threads");
+  const auto* args_bytes = find_symbol<const int>(object, request.entry + "_args_bytes");
+  if (entry == nullptr || num_threads == nullptr || args_bytes == nullptr) {
+    throw std::runtime_error("no entry " + request.entry + " in " + request.kernel + "; EP_ENTRY defines one");
+  }
+  const auto differ = [&](const char* what, std::size_t given, int expected) {
+    throw std::runtime_error(request.entry + " takes " + std::to_string(expected) + what + ", not " +
+                             std::to_string(given));
+  };
+  if (*num_threads != request.num_threads) differ(" threads a block", request.num_threads, *num_threads);
+  if (static_cast<std::size_t>(*args_bytes) != request.args.size()) {
+    differ(" bytes of arguments", request.args.size(), *args_bytes);
+  }
+  if (request.num_blocks < 1 || request.cluster_blocks < 1 || request.num_blocks % request.cluster_blocks != 0) {
+    throw std::runtime_error("the number of blocks must be positive and a multiple of the cluster's");
+  }
+  return entry;
+}
+
+const void* copy_args(Stage& stage, const std::string& args) {
+  stage.args.push_back(std::make_unique<std::max_align_t[]>(args.size() / sizeof(std::max_align_t) + 1));
+  std::memcpy(stage.args.back().get(), args.data(), args.size());
+  return stage.args.back().get();
+}
+
+void prepare_block(Block& block, Grid& grid, int idx, int shared_bytes) {
+  block.grid = &grid;
+  block.idx = idx;
+  block.num_running = grid.num_threads;
+  rename_lines(block);
+  block.mbarriers.clear();
+  for (NamedBarrier& barrier : block.barriers) barrier.meeting.reset(0);
+  block.barriers[0].meeting.reset(grid.num_threads);
+  block.warps.resize(grid.num_threads / kWarpThreads);
+  for (auto& warp : block.warps) {
+    if (warp == nullptr) warp = std::make_unique<Warp>();
+    warp->meeting.reset(kWarpThreads);
+    warp->is_slow = scheduler.random.chance(scheduler.climate.slow_warps);
+    warp->elected_lane = static_cast<int>(scheduler.random.below(kWarpThreads));
+  }
+  if (block.shared != nullptr && block.shared_bytes != shared_bytes) {
+    release(block.shared);
+    block.shared = nullptr;
+  }
+  if (block.shared == nullptr) block.shared = allocate(shared_bytes, kPoison, "shared memory of a block", &block);
+  std::memset(block.shared, kPoison, shared_bytes);
+  block.shared_bytes = shared_bytes;
+}
+
+void prepare_fiber(Fiber& fiber, Block& block, int thread) {
+  fiber.block = &block;
+  fiber.warp = block.warps[thread / kWarpThreads].get();
+  fiber.thread = thread;
+  fiber.lane = thread % kWarpThreads;
+  fiber.resume = fiber.stack.prepare(run_fiber);
+  fiber.is_done = fiber.is_polling = fiber.is_expired = false;
+  fiber.ready_idx = -1;
+  fiber.wait = {nullptr, {}};
+  fiber.site = {};
+  fiber.watched.clear();
+  fiber.loaded.clear();
+  fiber.open_group.reset();
+  fiber.groups.clear();
+  fiber.line.name(name_of(fiber).c_str());
+}
+
+void add_grid(Stage& stage, const LaunchRequest& request) {
+  stage.grids.push_back(std::make_unique<Grid>());
+  Grid& grid = *stage.grids.back();
+  grid.rank = request.rank;
+  grid.num_blocks = request.num_blocks;
+  grid.num_threads = request.num_threads;
+  grid.cluster_blocks = request.cluster_blocks;
+  grid.start_ns = request.start_ns;
+  grid.entry = reinterpret_cast<void (*)(const void*)>(find_entry(request));
+  grid.args = copy_args(stage, request.args);
+  for (int i = 0; i < grid.num_blocks / grid.cluster_blocks; ++i) {
+    grid.clusters.push_back(std::make_unique<Rendezvous>());
+    grid.clusters.back()->reset(grid.cluster_blocks * grid.num_threads);
+  }
+  for (int idx = 0; idx < grid.num_blocks; ++idx) {
+    if (stage.blocks.size() == block_pool.size()) block_pool.push_back(std::make_unique<Block>());
+    Block& block = *block_pool[stage.blocks.size()];
+    stage.blocks.push_back(&block);
+    prepare_block(block, grid, idx, request.shared_bytes);
+    for (int thread = 0; thread < grid.num_threads; ++thread) {
+      if (stage.fibers.size() == fiber_pool.size()) fiber_pool.push_back(std::make_unique<Fiber>());
+      Fiber& fiber = *fiber_pool[stage.fibers.size()];
+      stage.fibers.push_back(&fiber);
+      prepare_fiber(fiber, block, thread);
+    }
+  }
+}
+
+void check_size(const std::vector<LaunchRequest>& requests) {
+  std::size_t num_fibers = 0;
+  for (const LaunchRequest& request : requests)
+    num_fibers += std::size_t(request.num_blocks) * (request.num_threads + 10);
+  if (tsan::is_on() && num_fibers > kMaxRaceFibers) {
+    throw std::runtime_error("this launch needs " + std::to_string(num_fibers) +
+                             " fibers; the race detector has room for " + std::to_string(kMaxRaceFibers) +
+                             ": take fewer ranks, blocks or threads");
+  }
+}
+
+void begin(const Stage& stage) {
+  launch_begin.release();
+  for (Block* block : stage.blocks) {
+    for (CopyEngine& engine : block->engines) engine.told.release();
+  }
+  for (Fiber* fiber : stage.fibers) {
+    fiber->is_slow = fiber->rank() == scheduler.climate.slow_rank || fiber->warp->is_slow;
+    scheduler.add(*fiber, fiber->block->grid->start_ns);
+  }
+}
+
+// Everything that any line of execution did comes before the next launch, also when this one failed.
+void end(const Stage& stage) {
+  const auto release_in = [](const tsan::Line& line) {
+    if (!line.exists()) return;
+    line.enter();
+    launch_end.release();
+  };
+  for (Fiber* fiber : stage.fibers) {
+    release_in(fiber->line);
+    fiber->open_group.reset();
+    fiber->groups.clear();
+  }
+  for (Block* block : stage.blocks) {
+    for (CopyEngine& engine : block->engines) {
+      release_in(engine.teller);
+      for (const tsan::Line& lane : engine.lanes) release_in(lane);
+    }
+  }
+  scheduler.enter_home();
+  launch_end.acquire();
+  for (Fiber* fiber : stage.fibers) {
+    if (!fiber->is_done) fiber->line.forget();  // it stopped inside calls that the detector has noted
+  }
+  forget_copies();
+  forget_watches();
+  forget_words();
+}
+
+// The earliest deadline's owners give up waiting. False if nobody has one.
+bool expire_earliest(const Stage& stage) {
+  std::uint64_t earliest = kNever;
+  for (const Fiber* fiber : stage.fibers) {
+    if (!fiber->is_done) earliest = std::min(earliest, fiber->wait.deadline_ns);
+  }
+  if (earliest == kNever) return false;
+  scheduler.now_ns = std::max(scheduler.now_ns, earliest);
+  for (Fiber* fiber : stage.fibers) {
+    if (!fiber->is_done && fiber->wait.deadline_ns == earliest) expire(*fiber);
+  }
+  return true;
+}
+
+}  // namespace
+
+Report launch(const std::vector<LaunchRequest>& requests, std::uint64_t seed, bool lets_expire) {
+  check_size(requests);
+  int num_ranks = 1;
+  for (const LaunchRequest& request : requests) num_ranks = std::max(num_ranks, request.rank + 1);
+  scheduler.reset(seed, num_ranks);
+  Stage stage;
+  for (const LaunchRequest& request : requests) add_grid(stage, request);
+  begin(stage);
+
+  Report report;
+  std::uint64_t progress_at_retry = 0;
+  while (true) {
+    const Ending ending = scheduler.run();
+    if (ending == Ending::kAllDone) break;
+    if (ending == Ending::kFailed) {
+      report.text = scheduler.failure();
+      break;
+    }
+    // A predicate may depend on more than the words it loaded through primitives; asking all again costs little.
+    if (scheduler.progress() != progress_at_retry && notify_all()) {
+      progress_at_retry = scheduler.progress();
+      continue;
+    }
+    if (lets_expire && expire_earliest(stage)) continue;
+    report.text = describe_deadlock(stage.fibers);
+    break;
+  }
+  end(stage);
+  report.text += find_overruns();
+  report.is_ok = report.text.empty();
+  report.num_steps = scheduler.num_steps;
+  report.virtual_ns = scheduler.now_ns;
+  return report;
+}
+
+}  // namespace deep_ep::sim
