@@ -1,0 +1,318 @@
+"""The ranks of a gloo group meet in one world: real processes and a real group, a world made of Python dictionaries."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from deep_ep import jit
+from deep_ep.environment import Environment
+from deep_ep.errors import EPError
+from deep_ep.machine import backends_of, open_machine, simulated
+from deep_ep.machine.simulated import SimulatedMachine
+from deep_ep.machine.world import Launch, SimulationError
+
+PATIENCE = datetime.timedelta(seconds=60)
+
+
+class ShiftArgs(ctypes.Structure):
+    """y[i] = x[i] + what the left neighbour left in this rank's window; then x[0] goes to the right one's window."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("window", ctypes.c_void_p * 4),
+        ("words", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("num_ranks", ctypes.c_int32),
+    )
+
+
+class OtherArgs(ctypes.Structure):
+    _fields_ = (("count", ctypes.c_int32),)
+
+
+@dataclass(frozen=True)
+class ShiftConfig:
+    num_warps: int = 1
+
+
+SHIFT = jit.Kernel("shift", ShiftConfig(), ShiftArgs, num_threads=32)
+STUCK = jit.Kernel("stuck", ShiftConfig(), ShiftArgs, num_threads=32)
+
+
+class FakeWorld:
+    """Memory by address, and two kernels: shift and stuck."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, bytearray] = {}
+        self.names: dict[int, str] = {}
+        self.next = 0x1000_0000_0000
+        self.seeds: list[int] = []
+        self.num_closed = 0
+
+    def allocate(self, num_bytes: int, *, fill: int = 0, name: str = "") -> int:
+        address, self.next = self.next, self.next + (num_bytes + 0xFFFF) // 0x1000 * 0x1000
+        self.memory[address] = bytearray([fill]) * num_bytes
+        self.names[address] = name
+        return address
+
+    def free(self, address: int) -> None:
+        del self.memory[address]
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+    def _at(self, address: int, num_bytes: int) -> tuple[bytearray, slice]:
+        for base, data in self.memory.items():
+            if base <= address and address + num_bytes <= base + len(data):
+                return data, slice(address - base, address - base + num_bytes)
+        raise AssertionError(f"{address:#x} is not allocated")
+
+    def write(self, address: int, data: bytes) -> None:
+        memory, where = self._at(address, len(data))
+        memory[where] = data
+
+    def read(self, address: int, num_bytes: int) -> bytes:
+        memory, where = self._at(address, num_bytes)
+        return bytes(memory[where])
+
+    def launch(self, launches: Sequence[Launch], *, seed: int) -> None:
+        self.seeds.append(seed)
+        if launches[0].name == "deep_ep_stuck":
+            raise SimulationError("deadlock: everybody waits", seed)
+        assert [launch.rank for launch in launches] == list(range(len(launches)))
+        outgoing = {}
+        for launch in launches:
+            args = ShiftArgs.from_buffer_copy(launch.args)
+            values = struct.unpack(f"<{args.count}i", self.read(args.x, 4 * args.count))
+            (incoming,) = struct.unpack("<i", self.read(args.window[args.rank], 4))
+            self.write(args.y, struct.pack(f"<{args.count}i", *(value + incoming for value in values)))
+            self.write(args.words, struct.pack("<i", 100 + args.rank))
+            outgoing[args.window[(args.rank + 1) % args.num_ranks]] = values[0]
+        for address, value in outgoing.items():
+            self.write(address, struct.pack("<i", value))
+
+
+def use_fakes() -> None:
+    simulated.World = FakeWorld  # type: ignore[assignment, misc]
+    simulated._build = lambda kernel, environment: SimpleNamespace(artifact=Path("kernel.so"))  # type: ignore[assignment]
+
+
+class Rank:
+    """A machine with one window, some host words and the two tensors of a shift."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.machine = SimulatedMachine(group, Environment())
+        self.window = self.machine.allocate_window(64)
+        self.words = self.machine.host_words(2)
+        self.x = torch.arange(1, 5, dtype=torch.int32) * 10 + self.machine.rank
+        self.y = torch.zeros(4, dtype=torch.int32)
+
+    def args(self) -> ShiftArgs:
+        args = ShiftArgs(
+            x=self.x.data_ptr(),
+            y=self.y.data_ptr(),
+            words=self.words.address,
+            count=4,
+            rank=self.machine.rank,
+            num_ranks=self.machine.num_ranks,
+        )
+        for rank, address in enumerate(self.window.addresses):
+            args.window[rank] = address
+        return args
+
+    def launch(self, kernel: jit.Kernel = SHIFT, args: ctypes.Structure | None = None, num_blocks: int = 2) -> None:
+        self.machine.launch(
+            kernel,
+            args or self.args(),
+            num_blocks=num_blocks,
+            shared_bytes=0,
+            stream=None,
+            reads=[self.x],
+            writes=[self.y],
+        )
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
+    monkeypatch.setattr(simulated, "World", simulated.World)  # so that both are put back
+    monkeypatch.setattr(simulated, "_build", simulated._build)
+    use_fakes()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    yield Rank(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def world_of(rank: Rank) -> FakeWorld:
+    world = rank.machine._world
+    assert isinstance(world, FakeWorld)
+    return world
+
+
+def test_one_rank_alone_launches_on_its_own_memory(alone: Rank) -> None:
+    alone.launch()
+    assert alone.y.tolist() == [10, 20, 30, 40]
+    alone.launch()
+    assert alone.y.tolist() == [20, 30, 40, 50]  # its window is its own left neighbour's
+    assert alone.words.tensor.tolist() == [100, 0]
+    assert alone.x.tolist() == [10, 20, 30, 40]
+
+
+def test_every_launch_has_a_seed_of_its_own(alone: Rank) -> None:
+    for _ in range(3):
+        alone.launch()
+    assert world_of(alone).seeds == [0, 1, 2]
+
+
+def test_a_launch_leaves_nothing_in_the_world_but_windows(alone: Rank) -> None:
+    alone.launch()
+    world = world_of(alone)
+    assert [world.names[address] for address in world.memory] == ["window of rank 0"]
+    assert "y of rank 0" in world.names.values()
+    alone.window.close()
+    alone.window.close()
+    assert not world.memory
+
+
+def test_strided_rows_are_written_where_they_are(alone: Rank) -> None:
+    storage = torch.full((2, 8), -1, dtype=torch.int32)
+    alone.y = storage[1, 2:6]
+    alone.launch()
+    assert storage.tolist() == [[-1] * 8, [-1, -1, 10, 20, 30, 40, -1, -1]]
+
+
+def test_a_failed_simulation_ends_the_machine(alone: Rank) -> None:
+    world = world_of(alone)
+    with pytest.raises(SimulationError, match="failed with seed 0: deadlock"):
+        alone.launch(STUCK)
+    assert world.num_closed == 1
+    with pytest.raises(EPError, match=r"cannot be used any more: an earlier launch failed.*build a new buffer"):
+        alone.launch()
+
+
+def test_closing_twice_closes_once(alone: Rank) -> None:
+    world = world_of(alone)
+    alone.machine.close()
+    alone.machine.close()
+    alone.window.close()
+    assert world.num_closed == 1
+    with pytest.raises(EPError, match="it was closed"):
+        alone.launch()
+
+
+def test_a_forgotten_machine_closes_its_world(alone: Rank) -> None:
+    world = world_of(alone)
+    del alone.machine
+    assert world.num_closed == 1
+
+
+def test_wrong_arguments_leave_the_machine_usable(alone: Rank) -> None:
+    with pytest.raises(TypeError, match="shift takes a ShiftArgs"):
+        alone.launch(args=OtherArgs(1))
+    with pytest.raises(ValueError, match=r"^x of shift points to 0x10, which is in no tensor"):
+        alone.launch(args=ShiftArgs(x=16))
+    alone.launch()
+
+
+def test_open_machine_simulates_a_gloo_group(alone: Rank) -> None:
+    machine = open_machine(dist.group.WORLD, Environment())
+    assert (machine.name, machine.rank, machine.num_ranks) == ("simulated", 0, 1)
+    machine.barrier()
+    assert machine.all_gather_object("here") == ["here"]
+    machine.close()
+
+
+def test_only_a_group_of_nccl_or_gloo_will_do(alone: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match=r"must be a torch\.distributed\.ProcessGroup, but it is a str"):
+        open_machine("world", Environment())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="does not contain this rank"):
+        backends_of(dist.GroupMember.NON_GROUP_MEMBER)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:mpi,cuda:mpi")
+    with pytest.raises(ValueError, match=r"backends \{'cpu': 'mpi', 'cuda': 'mpi'\}.*nccl with GPUs, or gloo"):
+        open_machine(dist.group.WORLD, Environment())
+
+
+def run_ranks(scenario: Callable[..., None], num_ranks: int, folder: Path) -> None:
+    multiprocessing.spawn(enter_rank, (num_ranks, folder, scenario), nprocs=num_ranks)
+
+
+def enter_rank(rank: int, num_ranks: int, folder: Path, scenario: Callable[..., None]) -> None:
+    torch.set_num_threads(1)
+    use_fakes()
+    store = dist.FileStore(str(folder / "store"), num_ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=num_ranks, store=store, timeout=PATIENCE)
+    scenario()
+    dist.destroy_process_group()
+
+
+def error_of(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def three_ranks_in_a_subgroup_of_four() -> None:
+    group = dist.new_group([1, 2, 3], timeout=PATIENCE)  # its rank 0 is rank 1 of the world
+    if dist.get_rank() == 0:
+        return
+    rank = Rank(group)
+    machine = rank.machine
+    left = (machine.rank - 1) % 3
+    rank.launch()
+    rank.launch()
+    assert rank.y.tolist() == [value + 10 + left for value in rank.x.tolist()]
+    assert rank.words.tensor.tolist() == [100 + machine.rank, 0]
+
+    # What one rank does wrong, all are told, and can go on.
+    wrong_args = ShiftArgs(y=8) if machine.rank == 2 else None
+    text = error_of(lambda: rank.launch(args=wrong_args))
+    who = "" if machine.rank == 2 else "rank 2 of the group: "
+    assert text.startswith(f"ValueError: {who}y of shift points to 0x8"), text
+    text = error_of(lambda: rank.launch(num_blocks=3 if machine.rank == 1 else 2))
+    assert text.startswith("EPError: ranks launch different things: rank 0: shift("), text
+    assert "2 blocks" in text
+    assert "rank 1: shift(" in text
+    text = error_of((lambda: rank.machine.allocate_window(8)) if machine.rank == 2 else rank.launch)
+    assert text == "EPError: ranks are in different steps: rank 0: launch; rank 2: allocate_window", text
+    text = error_of(lambda: rank.machine.allocate_window(8 + machine.rank))
+    assert text.startswith("ValueError: num_bytes must be the same on all ranks, but by rank it is [8, 9, 10]"), text
+    rank.launch()
+
+    text = error_of(lambda: rank.launch(STUCK))
+    assert text == "SimulationError: simulated launch failed with seed 3: deadlock: everybody waits", text
+    machine.close()
+    dist.barrier(group)
+
+
+def a_rank_leaves() -> None:
+    rank = Rank(dist.group.WORLD)
+    if rank.machine.rank == 1:
+        os._exit(0)
+    text = error_of(rank.launch)
+    assert text.startswith("EPError: a rank left the group while this one was in launch"), text
+    assert "a rank left the group" in error_of(rank.launch)
+    os._exit(0)  # the group is broken; nothing can be destroyed in good order
+
+
+def test_ranks_of_a_subgroup_meet_and_share_their_errors(tmp_path: Path) -> None:
+    run_ranks(three_ranks_in_a_subgroup_of_four, 4, tmp_path)
+
+
+def test_a_rank_that_dies_does_not_hang_the_others(tmp_path: Path) -> None:
+    run_ranks(a_rank_leaves, 2, tmp_path)
