@@ -1,0 +1,39 @@
+# Four commands, of which each first makes what it lacks: demo, test, lint, bench.
+PYTHON ?= python3
+RANKS ?= 4
+BIN := .venv/bin
+
+.PHONY: demo test lint bench venv tools toolkits
+
+# A mixture-of-experts layer over RANKS ranks: on GPUs if there are enough, else simulated.
+demo: venv
+	$(BIN)/python examples/moe_layer.py --ranks $(RANKS)
+
+# Everything that this machine can test.
+test: lint toolkits
+	$(BIN)/python -m pytest -n auto
+
+# Style and types. tests/unit/test_tidy.py, a part of `test`, holds the rules that no tool knows.
+lint: tools
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	find deep_ep -regex '.*\.\(cuh\|hpp\|cpp\)' -exec $(BIN)/clang-format --dry-run -Werror {} +
+
+# Speed, on a host with GPUs.
+bench: venv
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/ep.py
+
+venv: .venv/ready
+tools: .venv/tools-ready
+toolkits: .toolkits/ready
+
+.venv/ready: pyproject.toml scripts/make_venv.sh
+	PYTHON=$(PYTHON) scripts/make_venv.sh
+
+.venv/tools-ready: .venv/ready
+	$(BIN)/python -m pip install -e '.[test,dev]'
+	touch $@
+
+.toolkits/ready: scripts/fetch_toolkits.sh | .venv/ready
+	scripts/fetch_toolkits.sh

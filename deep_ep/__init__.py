@@ -1,0 +1,19 @@
+"""deep_ep: dispatch and combine for expert-parallel mixture-of-experts layers, on GPUs and on simulated ranks."""
+
+from deep_ep.buffer import ElasticBuffer, get_logical_domain_size, get_physical_domain_size
+from deep_ep.event import EventHandle, EventOverlap
+from deep_ep.handle import EPHandle
+from deep_ep.validate import topk_idx_t
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EPHandle",
+    "ElasticBuffer",
+    "EventHandle",
+    "EventOverlap",
+    "__version__",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
+    "topk_idx_t",
+]
