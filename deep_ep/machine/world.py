@@ -64,6 +64,7 @@ class Launch:
         num_threads: of a block, as the kernel says itself.
         shared_bytes: of dynamic shared memory a block.
         cluster_blocks: blocks of a cluster.
+        in_order: it starts when the launch before it of the same rank has ended, as in a CUDA stream; otherwise at once.
     """
 
     kernel: Path
@@ -74,6 +75,7 @@ class Launch:
     num_threads: int
     shared_bytes: int
     cluster_blocks: int = 1
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class World:
             seed: decides every choice of the scheduler and the copy engines.
             patience: when nothing can move any more, "report" a deadlock, or let the waits with the earliest timeout
                 "expire".
-            delays: virtual nanoseconds by which a rank's kernels start late.
+            delays: virtual nanoseconds by which each of a rank's kernels starts late.
 
         Raises:
             ValueError: a launch does not fit its kernel.
@@ -221,7 +223,7 @@ class World:
             entry = launch.name if launch.name.startswith("deep_ep_") else f"deep_ep_{launch.name}"
             request += _text(os.fsencode(launch.kernel)) + _text(entry.encode()) + _text(launch.args)
             request += _pack(launch.rank, launch.num_blocks, launch.num_threads, launch.shared_bytes)
-            request += _pack(launch.cluster_blocks, (delays or {}).get(launch.rank, 0))
+            request += _pack(launch.cluster_blocks, (delays or {}).get(launch.rank, 0), launch.in_order)
         answer = self._ask(_Kind.LAUNCH, request, seed=seed)
         return Report(*struct.unpack("=QQ", answer[:16]))
 

@@ -212,6 +212,16 @@ void check_leaving(const Fiber& fiber) {
   }
 }
 
+void complete_copies_of(const Grid& grid) {
+  const auto left = std::stable_partition(under_way.begin(), under_way.end(),
+                                          [&](const auto& copy) { return copy->issuer->block->grid != &grid; });
+  for (auto at = left; at != under_way.end(); ++at) {
+    if (!(*at)->has_read) read_source(**at);
+    write_destination(**at);
+  }
+  under_way.erase(left, under_way.end());
+}
+
 void forget_copies() { under_way.clear(); }
 
 void tell(CopyEngine& engine, tsan::Token& token) {

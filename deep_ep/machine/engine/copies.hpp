@@ -21,6 +21,9 @@ void check_leaving(const Fiber& fiber);
 // What is under way for an mbarrier, for reports: "1 of 1 arrivals and 512 bytes outstanding".
 std::string describe_mbarrier(const Block& block, const void* barrier);
 
+// Brings the copies of a kernel that all its threads have left to their end.
+void complete_copies_of(const Grid& grid);
+
 void forget_copies();
 
 // For mbarriers.cpp: a bulk load brought its bytes; `shared` and `global` are the lines that did it.

@@ -17,6 +17,7 @@ struct LaunchRequest {
   std::int32_t shared_bytes = 0;
   std::int32_t cluster_blocks = 1;
   std::uint64_t start_ns = 0;
+  bool in_order = false;  // starts when the request before it of the same rank has ended, as in a CUDA stream
 };
 
 struct Report {

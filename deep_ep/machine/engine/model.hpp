@@ -93,9 +93,12 @@ struct Grid {
   int num_blocks = 0;
   int num_threads = 0;
   int cluster_blocks = 1;
+  int shared_bytes = 0;
+  int num_running = 0;  // threads that have not left the kernel
   std::uint64_t start_ns = 0;
   void (*entry)(const void* args) = nullptr;
   const void* args = nullptr;
+  tsan::Token* before = nullptr;  // of what this grid's stream did earlier
   std::vector<std::unique_ptr<Rendezvous>> clusters;
 };
 

@@ -40,6 +40,7 @@ void Scheduler::reset(std::uint64_t seed, int num_ranks) {
   current_ = nullptr;
   home_ = tsan::Line::current();
   num_unfinished_ = 0;
+  is_stopped_ = false;
   now_ns = num_steps = progress_ = 0;
   failure_.clear();
 }
@@ -47,22 +48,24 @@ void Scheduler::reset(std::uint64_t seed, int num_ranks) {
 void Scheduler::add(Fiber& fiber, std::uint64_t start_ns) {
   ++num_unfinished_;
   if (start_ns > 0) {
-    delayed_.emplace_back(start_ns, &fiber);
+    delayed_.emplace_back(now_ns + start_ns, &fiber);
   } else {
     wake(fiber);
   }
 }
 
 Ending Scheduler::run() {
+  is_stopped_ = false;
   leave();
   if (!failure_.empty()) return Ending::kFailed;
+  if (is_stopped_) return Ending::kStopped;
   return num_unfinished_ == 0 ? Ending::kAllDone : Ending::kStuck;
 }
 
 // Runs on the stack of whoever leaves, so a fiber costs one switch, not two. Returns when the leaver's turn has come.
 void Scheduler::leave() {
   while (true) {
-    if (!failure_.empty()) return switch_to(nullptr);
+    if (is_stopped_ || !failure_.empty()) return switch_to(nullptr);
     if (++num_steps > kMaxSteps) {
       failure_ = "no end in sight after " + std::to_string(kMaxSteps) + " steps";
       continue;

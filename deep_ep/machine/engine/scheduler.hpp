@@ -21,7 +21,7 @@ struct Climate {
 };
 Climate draw_climate(Random& random, int num_ranks);
 
-enum class Ending { kAllDone, kFailed, kStuck };
+enum class Ending { kAllDone, kFailed, kStuck, kStopped };
 
 class Scheduler {
  public:
@@ -29,7 +29,8 @@ class Scheduler {
   void reset(std::uint64_t seed, int num_ranks);
   void add(Fiber& fiber, std::uint64_t start_ns);
 
-  // Runs until every fiber is done, something fails, or all sleep. Called outside of fibers; may be called again.
+  // Runs until every fiber is done, something fails, all sleep, or a fiber asks to stop. Called outside of fibers; may be
+  // called again.
   Ending run();
 
   // For the running fiber.
@@ -42,6 +43,7 @@ class Scheduler {
   [[noreturn]] void fail_launch(const std::string& what);             // the same, without naming the fiber
 
   void wake(Fiber& fiber);
+  void stop() { is_stopped_ = true; }  // run() is to return at the running fiber's next switch
   void note_progress() { ++progress_; }  // something changed that a sleeper might wait for
 
   Random random;
@@ -67,6 +69,7 @@ class Scheduler {
   void* main_resume_ = nullptr;
   void* home_ = nullptr;
   int num_unfinished_ = 0;
+  bool is_stopped_ = false;
   std::uint64_t progress_ = 0;
   std::string failure_;
 };

@@ -79,6 +79,8 @@ void forget_words() {
   published.clear();
 }
 
+void forget_fences(const Fiber& fiber) { latest_fences.erase(&fiber); }
+
 void before_access(const void* address, int num_bytes, Space space, const Site& site) {
   Fiber& fiber = scheduler.current();
   fiber.site = site;

@@ -5,4 +5,7 @@ namespace deep_ep::sim {
 
 void forget_words();
 
+// A recycled fiber is now another thread.
+void forget_fences(const Fiber& fiber);
+
 }  // namespace deep_ep::sim
