@@ -1,0 +1,316 @@
+"""ElasticBuffer: the public class. What a call does is in deep_ep/calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from deep_ep import layout, plan, validate
+from deep_ep.calls.combine import CombineResult, check_combine, run_combine
+from deep_ep.calls.dispatch import DispatchResult, check_dispatch, run_dispatch
+from deep_ep.calls.endpoint import Endpoint
+from deep_ep.event import EventHandle, EventOverlap, Timing
+from deep_ep.handle import EPHandle
+from deep_ep.machine import backends_of
+
+logger = logging.getLogger("deep_ep")
+
+
+def get_physical_domain_size(group: dist.ProcessGroup) -> tuple[int, int]:
+    """(RDMA ranks, NVLink ranks): how the group's ranks are connected. This version serves one NVLink domain."""
+    return 1, _size_of(group)
+
+
+def get_logical_domain_size(group: dist.ProcessGroup, allow_hybrid_mode: bool = True) -> tuple[int, int]:
+    """(scale-out ranks, scale-up ranks): how kernels use the group."""
+    return get_physical_domain_size(group)
+
+
+class ElasticBuffer:
+    """The memory and the kernels with which the ranks of a group exchange tokens.
+
+    Building one is collective over ``group``, which may be a subgroup of the world. One buffer serves any hidden size,
+    number of selections and number of experts that fits into it.
+
+    Args:
+        group: nccl with GPUs, or gloo: then ranks are simulated, with the same calls, results and errors.
+        num_bytes: of the window, a multiple of 2 MiB; or None, to be worked out from the settings that follow.
+        num_max_tokens_per_rank: the most tokens that any rank dispatches in one call.
+        hidden: elements of a token.
+        num_topk: selections of a token; 0 stands for "unknown, up to 32".
+        num_cpu_timeout_secs, num_gpu_timeout_secs: how long the host, or a kernel, waits for a peer.
+        explicitly_destroy: the caller promises to call destroy(); a buffer that is dropped without it is logged.
+
+    The other settings are accepted as DeepEP V2 has them; results are deterministic whatever ``deterministic`` says.
+
+    Raises:
+        ValueError, TypeError: an argument.
+        EPEnvironmentError, EPTopologyError, EPCompileError: this host or this group cannot run the kernels.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_bytes: int | None = None,
+        num_cpu_bytes: int = 0,
+        num_max_tokens_per_rank: int = 0,
+        hidden: int = 0,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        deterministic: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+        prefer_overlap_with_compute: bool = True,
+        sl_idx: int = 3,
+        num_allocated_qps: int = 0,
+        num_cpu_timeout_secs: float = 300,
+        num_gpu_timeout_secs: float = 100,
+        explicitly_destroy: bool = False,
+    ) -> None:
+        self._endpoint: Endpoint | None = None  # __del__ may look before there is one
+        self.explicitly_destroy = explicitly_destroy
+        num_ranks = _size_of(group)
+        validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
+        if num_bytes is None:
+            _require_settings(num_max_tokens_per_rank, hidden, num_topk)
+            num_bytes = layout.window_bytes(num_ranks, num_max_tokens_per_rank, hidden, num_topk)
+        validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
+
+        self.group = group
+        self.num_bytes = num_bytes
+        self.num_max_tokens_per_rank = num_max_tokens_per_rank
+        self.allow_hybrid_mode = allow_hybrid_mode
+        self.allow_multiple_reduction = allow_multiple_reduction
+        self.prefer_overlap_with_compute = prefer_overlap_with_compute
+        self.deterministic = deterministic
+        self.num_allocated_qps = num_allocated_qps
+        self._endpoint = Endpoint(group, num_bytes, num_cpu_timeout_secs, num_gpu_timeout_secs)
+        topology = self._endpoint.topology
+        self.rank_idx, self.num_ranks = topology.rank, topology.num_ranks
+        self.num_scaleout_ranks = self.num_rdma_ranks = topology.num_scaleout_ranks
+        self.num_scaleup_ranks = self.num_nvlink_ranks = topology.num_scaleup_ranks
+        self.scaleout_rank_idx, self.scaleup_rank_idx = topology.scaleout_rank, topology.scaleup_rank
+        if self._endpoint.environment.buffer_debug:
+            name = self._endpoint.machine.name
+            logger.info("rank %d: buffer on %s\n%s", self.rank_idx, name, self.memory_report())
+
+    # Sizes and domains
+
+    @staticmethod
+    def get_buffer_size_hint(
+        group: dist.ProcessGroup,
+        num_max_tokens_per_rank: int,
+        hidden: int,
+        num_topk: int = 0,
+        use_fp8_dispatch: bool = False,
+        allow_hybrid_mode: bool = True,
+        allow_multiple_reduction: bool = True,
+    ) -> int:
+        """The ``num_bytes`` that these settings need, a multiple of 2 MiB. Needs no buffer and talks to nobody."""
+        _require_settings(num_max_tokens_per_rank, hidden, num_topk)
+        return layout.window_bytes(_size_of(group), num_max_tokens_per_rank, hidden, num_topk)
+
+    @staticmethod
+    def capture() -> EventHandle:
+        """An event recorded on the current stream."""
+        return EventHandle()
+
+    def memory_report(self) -> str:
+        """Each region of this rank's window: bytes and purpose, a line each."""
+        regions = self._end().layout.regions
+        lines = [f"{region.num_bytes:>14,}  {region.name:<9} {region.purpose}" for region in regions]
+        return "\n".join([*lines, f"{self.num_bytes:>14,}  in all"])
+
+    def get_comm_stream(self) -> torch.cuda.Stream | None:
+        """The stream that kernels run on; None on simulated ranks."""
+        stream: torch.cuda.Stream | None = self._usable().machine.comm_stream
+        return stream
+
+    def get_physical_domain_size(self) -> tuple[int, int]:
+        """(RDMA ranks, NVLink ranks)."""
+        return self.num_rdma_ranks, self.num_nvlink_ranks
+
+    def get_logical_domain_size(self) -> tuple[int, int]:
+        """(scale-out ranks, scale-up ranks)."""
+        return self.num_scaleout_ranks, self.num_scaleup_ranks
+
+    def get_theoretical_num_sms(
+        self,
+        num_experts: int,
+        num_topk: int,
+        num_scaleout_topk: int = 0,
+        rdma_gbs: float = 0,
+        nvlink_gbs: float = 0,
+        sm_read_gbs: float = 200,
+        sm_write_gbs: float = 50,
+    ) -> int:
+        """SMs with which a call keeps the link full, by the model of plan.theoretical_num_sms; even, at least 4."""
+        return plan.theoretical_num_sms(self.num_ranks, nvlink_gbs or plan.NVLINK_GBS, sm_write_gbs)
+
+    def get_theoretical_num_qps(self, num_sms: int) -> int:
+        """Queue pairs that a call of ``num_sms`` SMs uses: none inside one NVLink domain."""
+        return 0
+
+    # Calls
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventOverlap | EventHandle | None = None,
+        previous_event_before_epilogue: EventOverlap | EventHandle | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: EPHandle | None = None,
+        do_handle_copy: bool = True,
+        do_cpu_sync: bool | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+        use_tma_aligned_col_major_sf: bool = False,
+    ) -> DispatchResult:
+        """Send every token to each rank that holds one of its experts, once.
+
+        Args:
+            x: [T, H] bfloat16; T may be 0 and differ by rank, rows are multiples of 16 bytes.
+            topk_idx: [T, K] topk_idx_t, experts of each token; -1 is "no expert".
+            topk_weights: [T, K] float32, carried and not multiplied in.
+            num_experts: of all ranks together; expert e lives on rank e // (num_experts / num_ranks).
+            num_max_tokens_per_rank: M, the same on all ranks; None is the buffer's.
+            expert_alignment: what counts per expert are rounded up to; None is 1.
+            num_sms: all SMs that this call may hold; 0 is the analytic choice.
+            previous_event: what kernels wait for instead of the current stream.
+            previous_event_before_epilogue: waited for before output tensors are written.
+            async_with_compute_stream: leave it to ``event`` to make the current stream wait.
+            do_handle_copy: False lets the handle hold ``topk_idx`` itself.
+            do_cpu_sync: True (the default): wait for the counts and return exact sizes. False: R*M rows, nothing
+                blocks; rows past the real count have recv_topk_idx -1.
+
+        Returns:
+            ``(recv_x [N, H], recv_topk_idx [N, K], recv_topk_weights [N, K] or None, handle, event)``, rows ordered by
+            (source rank, token); recv_topk_idx holds local experts or -1.
+
+        Raises:
+            ValueError, TypeError: an argument; nothing was launched.
+            EPTimeoutError: a peer did not come.
+        """
+        endpoint = self._usable()
+        validate.is_there("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats is not None)
+        validate.is_there("handle", handle is not None)
+        validate.is_there("do_expand", do_expand)
+        validate.is_there("do_zero_padding", do_zero_padding)
+        validate.is_there("use_tma_aligned_col_major_sf", use_tma_aligned_col_major_sf)
+        validate.is_there("x as (x8, sf)", isinstance(x, (tuple, list)))
+        timing = Timing(
+            previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
+        )
+        request = check_dispatch(
+            endpoint,
+            x,
+            topk_idx,
+            topk_weights,
+            num_experts,
+            self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank,
+            1 if expert_alignment is None else expert_alignment,
+            num_sms,
+            exact_sizes=do_cpu_sync is None or do_cpu_sync,
+            copy_topk_idx=do_handle_copy,
+            timing=timing,
+        )
+        return run_dispatch(endpoint, request)
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: EPHandle,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        num_sms: int = 0,
+        num_qps: int = 0,
+        previous_event: EventOverlap | EventHandle | None = None,
+        previous_event_before_epilogue: EventOverlap | EventHandle | None = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> CombineResult:
+        """Send every row home and add the rows of each token.
+
+        The sum is float32: biases first, then the ranks in the order in which each one's last selected expert appears
+        among the token's selections, starting from +0; one rounding to bfloat16. It is the same on every machine and
+        for every SM count.
+
+        Args:
+            x: [N, H] bfloat16, rows as dispatch returned them.
+            handle: of that dispatch.
+            topk_weights: [N, K] float32, gathered back per selection (0 where the selection is -1).
+            bias: none, one or a pair of [T, H] bfloat16.
+            num_sms: 0 is the handle's.
+            previous_event, previous_event_before_epilogue, async_with_compute_stream: as in dispatch.
+
+        Returns:
+            ``(combined_x [T, H] bfloat16, combined_topk_weights [T, K] or None, event)``
+
+        Raises:
+            ValueError, TypeError: an argument; nothing was launched.
+            EPTimeoutError: a peer did not come.
+        """
+        endpoint = self._usable()
+        timing = Timing(
+            previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
+        )
+        request = check_combine(endpoint, x, handle, topk_weights, bias, num_sms, timing)
+        return run_combine(endpoint, request)
+
+    def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
+        """Return when every rank has finished all that it had launched before. Collective."""
+        endpoint = self._usable()
+        stream = endpoint.machine.comm_stream
+        endpoint.barrier(stream if stream is None or use_comm_stream else torch.cuda.current_stream())
+
+    def destroy(self) -> None:
+        """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing."""
+        self._end().destroy()
+
+    def __del__(self) -> None:
+        # No collective step here, and nothing that a CUDA graph being captured could trip over.
+        endpoint = getattr(self, "_endpoint", None)
+        if endpoint is None or endpoint.closed:
+            return
+        if self.explicitly_destroy:
+            logger.warning("a buffer of rank %d was dropped without destroy(); its memory stays", self.rank_idx)
+        else:
+            endpoint.release()
+
+    def _end(self) -> Endpoint:
+        if self._endpoint is None:
+            raise ValueError("this buffer was not built: its constructor raised")
+        return self._endpoint
+
+    def _usable(self) -> Endpoint:
+        return self._end().usable()
+
+
+def _size_of(group: object) -> int:
+    """Ranks of a group that this rank belongs to.
+
+    Raises:
+        ValueError, TypeError: it is no such group.
+    """
+    backends_of(group)
+    assert isinstance(group, dist.ProcessGroup)  # or the line above has raised
+    return group.size()
+
+
+def _require_settings(num_max_tokens_per_rank: int, hidden: int, num_topk: int) -> None:
+    advice = "or pass num_bytes"
+    validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice)
+    validate.is_count("hidden", hidden, 1, advice=advice)
+    validate.is_count("num_topk", num_topk, 0, layout.MAX_TOPK)

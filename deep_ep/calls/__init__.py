@@ -1,0 +1,1 @@
+"""One file a call: validate -> plan -> launch -> wrap."""

@@ -1,0 +1,112 @@
+"""One combine: validate -> plan -> launch -> wrap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deep_ep import layout, plan, validate
+from deep_ep.calls.endpoint import Endpoint, Half, Tensors
+from deep_ep.event import EventOverlap, Timing
+from deep_ep.handle import EPHandle
+from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer, set_launch_fields
+from deep_ep.ops.combine import CombineArgs, Combined, RowsByOwner, combine_kernel
+
+CombineResult = tuple[torch.Tensor, torch.Tensor | None, EventOverlap]
+
+
+@dataclass(frozen=True)
+class CombineRequest:
+    """A combine whose arguments are right. N rows of H elements come back as T tokens with K selections each."""
+
+    x: torch.Tensor  # [N, H]
+    handle: EPHandle
+    weights: torch.Tensor | None  # [N, K]
+    biases: list[torch.Tensor]  # none, one or two [T, H]
+    max_tokens: int
+    num_sms: int
+    record: layout.Record
+    timing: Timing
+
+    @property
+    def tokens_shape(self) -> tuple[int, int]:
+        """(T, H)"""
+        return self.handle.topk_idx.shape[0], self.x.shape[1]
+
+
+def check_combine(
+    endpoint: Endpoint, x: Any, handle: Any, topk_weights: Any, bias: Any, num_sms: Any, timing: Timing
+) -> CombineRequest:
+    """Look at everything that a user may get wrong; nothing has happened yet when this raises.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    device, handle = endpoint.device, endpoint.own_handle(handle)
+    validate.is_there("a handle with do_expand", handle.do_expand)
+    x = validate.is_row_matrix("x", validate.is_tensor("x", x, "TH", torch.bfloat16, device))
+    dispatched = handle.num_recv_tokens
+    validate.has_rows("x", x, dispatched, f"the handle's dispatch returned {dispatched}; pass one row for each")
+    num_tokens, num_topk, hidden = handle.topk_idx.shape[0], handle.num_topk, x.shape[1]
+    weights = validate.is_weights(topk_weights, "topk_weights", x.shape[0], num_topk, device)
+    biases = validate.biases(bias, num_tokens, hidden, device)
+    record = layout.Record.of_combine(hidden * x.element_size(), num_topk)
+    max_tokens = endpoint.fitting_tokens(handle.num_max_tokens_per_rank, num_tokens, record)
+    num_sms = endpoint.num_sms(num_sms or handle.num_sms)
+    validate.is_timing(timing)
+    return CombineRequest(x, handle, weights, biases, max_tokens, num_sms, record, timing)
+
+
+def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
+    """Plan, launch and wrap."""
+    roles, handle = endpoint.roles.combine, request.handle
+    max_parts = min(handle.num_topk, endpoint.num_ranks) + len(request.biases)
+    launch = plan.plan_combine(roles, request.record, max_parts, endpoint.shared_limit)
+    order = endpoint.order(request.timing)
+    order.wait_for(request.timing.previous_event_before_epilogue)
+    with order.allocation(request.timing.allocate_on_comm_stream):
+        combined_x = request.x.new_empty(request.tokens_shape)
+        combined_weights = None if request.weights is None else request.weights.new_empty(handle.topk_idx.shape)
+
+    args = _arguments(endpoint, request, combined_x, combined_weights)
+    set_launch_fields(args, launch)
+    slots, per_rank = handle.dst_buffer_slot_idx, handle.psum_num_recv_tokens_per_scaleup_rank
+    reads: Tensors = (request.x, request.weights, handle.topk_idx, slots, per_rank, *request.biases)
+    writes: Tensors = (combined_x, combined_weights)
+    endpoint.launch(
+        combine_kernel(roles),
+        args,
+        roles=roles,
+        half=Half.BOTH,
+        num_sms=request.num_sms,
+        shared_bytes=launch.shared_bytes,
+        order=order,
+        reads=reads,
+        writes=writes,
+    )
+    return combined_x, combined_weights, order.end((*reads, *writes))
+
+
+def _arguments(
+    endpoint: Endpoint, request: CombineRequest, combined_x: torch.Tensor, combined_weights: torch.Tensor | None
+) -> CombineArgs:
+    """The kernel's arguments, but for the plan's."""
+    handle = request.handle
+    stride = combined_x.shape[1] * combined_x.element_size()
+    combined = Combined(x=combined_x.data_ptr(), stride=stride, weights=pointer(combined_weights))
+    for i, bias in enumerate(request.biases):
+        combined.bias[i] = bias.data_ptr()
+        combined.bias_stride[i] = bias.stride(0) * bias.element_size()
+    return CombineArgs(
+        window=endpoint.window_argument,
+        patience=endpoint.patience_argument,
+        routing=Routing.of(handle.topk_idx, handle.num_experts, endpoint.num_ranks, request.max_tokens),
+        record=RecordShape.of(request.record),
+        rows=Rows.of(request.x),
+        weights=pointer(request.weights),
+        slots=handle.dst_buffer_slot_idx.data_ptr(),
+        by_owner=RowsByOwner(handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()),
+        combined=combined,
+    )

@@ -1,0 +1,229 @@
+"""One dispatch: validate -> plan -> launch -> wrap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deep_ep import layout, plan, validate
+from deep_ep.calls.endpoint import Endpoint, Half, Tensors
+from deep_ep.event import EventOverlap, Timing
+from deep_ep.handle import EPHandle
+from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer, set_launch_fields
+from deep_ep.ops.dispatch import Counts, DispatchArgs, Places, Received, dispatch_kernel
+
+DispatchResult = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]
+
+
+@dataclass(frozen=True)
+class DispatchRequest:
+    """A dispatch whose arguments are right. T tokens of H elements, K selections each."""
+
+    x: torch.Tensor  # [T, H]
+    topk_idx: torch.Tensor  # [T, K]
+    weights: torch.Tensor | None  # [T, K]
+    num_experts: int
+    alignment: int
+    max_tokens: int
+    num_sms: int
+    record: layout.Record
+    exact_sizes: bool  # the host waits for the counts
+    copy_topk_idx: bool
+    timing: Timing
+
+
+def check_dispatch(
+    endpoint: Endpoint,
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    num_experts: Any,
+    max_tokens: Any,
+    alignment: Any,
+    num_sms: Any,
+    *,
+    exact_sizes: bool,
+    copy_topk_idx: bool,
+    timing: Timing,
+) -> DispatchRequest:
+    """Look at everything that a user may get wrong; nothing has happened yet when this raises.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    device = endpoint.device
+    x = validate.is_row_matrix("x", validate.is_tensor("x", x, "TH", torch.bfloat16, device))
+    num_tokens, hidden = x.shape
+    topk_idx = validate.is_topk_idx(topk_idx, num_tokens, validate.topk_idx_t, device)
+    num_topk = topk_idx.shape[1]
+    weights = validate.is_weights(topk_weights, "topk_weights", num_tokens, num_topk, device)
+    num_experts = validate.is_expert_count(num_experts, endpoint.num_ranks)
+    alignment = validate.is_count("expert_alignment", alignment, 1)
+    record = layout.Record.of_dispatch(hidden * x.element_size(), num_topk)
+    max_tokens = endpoint.fitting_tokens(max_tokens, num_tokens, record)
+    num_sms = endpoint.num_sms(num_sms)
+    validate.is_timing(timing)
+    if endpoint.environment.buffer_debug:
+        validate.are_valid_selections(topk_idx, num_experts)
+    return DispatchRequest(
+        x=x,
+        topk_idx=topk_idx,
+        weights=weights,
+        num_experts=num_experts,
+        alignment=alignment,
+        max_tokens=max_tokens,
+        num_sms=num_sms,
+        record=record,
+        exact_sizes=exact_sizes,
+        copy_topk_idx=copy_topk_idx,
+        timing=timing,
+    )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a dispatch fills, with room for ``rows`` tokens."""
+
+    x: torch.Tensor  # [rows, H]
+    topk_idx: torch.Tensor  # [rows, K]
+    weights: torch.Tensor | None  # [rows, K] float32
+    metadata: torch.Tensor  # [rows, K+2] int32
+    sums: torch.Tensor  # the three that follow, in one piece
+    per_rank: torch.Tensor  # [R] int32
+    per_expert_aligned: torch.Tensor  # [L] int32
+    per_expert: torch.Tensor  # [L] int32
+
+    @staticmethod
+    def allocate(request: DispatchRequest, rows: int, num_ranks: int) -> Outputs:
+        x, topk_idx = request.x, request.topk_idx
+        hidden, num_topk, local_experts = x.shape[1], topk_idx.shape[1], request.num_experts // num_ranks
+        sums = x.new_empty(num_ranks + 2 * local_experts, dtype=torch.int32)
+        per_rank, per_expert_aligned, per_expert = torch.split(sums, [num_ranks, local_experts, local_experts])
+        return Outputs(
+            x.new_empty((rows, hidden)),
+            topk_idx.new_empty((rows, num_topk)),
+            None if request.weights is None else request.weights.new_empty((rows, num_topk)),
+            x.new_empty((rows, num_topk + 2), dtype=torch.int32),
+            sums,
+            per_rank,
+            per_expert_aligned,
+            per_expert,
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def tensors(self) -> Tensors:
+        """All memory that the kernel writes."""
+        return self.x, self.topk_idx, self.weights, self.metadata, self.sums
+
+    def fill_in(self, args: DispatchArgs) -> None:
+        """Tell the kernel where they are."""
+        args.received = Received(
+            x=self.x.data_ptr(),
+            stride=self.x.shape[1] * self.x.element_size(),
+            topk_idx=self.topk_idx.data_ptr(),
+            weights=pointer(self.weights),
+            metadata=self.metadata.data_ptr(),
+            rows=self.rows,
+        )
+        args.counts = Counts(self.per_rank.data_ptr(), self.per_expert_aligned.data_ptr(), self.per_expert.data_ptr())
+
+
+def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult:
+    """Plan, launch and wrap. For exact sizes, the host waits between the half that sends and the half that receives."""
+    roles, num_ranks = endpoint.roles.dispatch, endpoint.num_ranks
+    launch = plan.plan_dispatch(roles, request.record, request.num_experts, num_ranks, endpoint.shared_limit)
+    order = endpoint.order(request.timing)
+    on_comm_stream = request.timing.allocate_on_comm_stream
+    with order.allocation(on_comm_stream):
+        # Slots and positions: as this rank sent them, then as it keeps them.
+        places = request.topk_idx.new_empty((4, *request.topk_idx.shape), dtype=torch.int32)
+        kept_idx = request.topk_idx.clone() if request.copy_topk_idx else request.topk_idx
+    args = _arguments(endpoint, request, places, launch)
+    reads: Tensors = (request.x, request.topk_idx, request.weights)
+
+    def run(half: Half, *writes: torch.Tensor | None) -> None:
+        endpoint.launch(
+            dispatch_kernel(roles),
+            args,
+            roles=roles,
+            half=half,
+            num_sms=request.num_sms,
+            shared_bytes=launch.shared_bytes,
+            order=order,
+            reads=reads,
+            writes=writes,
+        )
+
+    rows = num_ranks * request.max_tokens
+    counts: list[int] = []
+    if request.exact_sizes:
+        args.host_words = endpoint.expect_counts()
+        run(Half.SEND, places)
+        rows, counts = endpoint.wait_for_counts(request.num_experts // num_ranks)
+    with order.allocation(on_comm_stream):
+        outputs = Outputs.allocate(request, rows, num_ranks)
+    outputs.fill_in(args)
+    order.wait_for(request.timing.previous_event_before_epilogue)
+    run(Half.RECEIVE if request.exact_sizes else Half.BOTH, places, *outputs.tensors)
+    event = order.end((*reads, kept_idx, places, *outputs.tensors))
+
+    handle = _handle(endpoint, request, outputs, counts, kept_idx, slots=places[0])
+    return outputs.x, outputs.topk_idx, outputs.weights, handle, event
+
+
+def _arguments(
+    endpoint: Endpoint, request: DispatchRequest, places: torch.Tensor, launch: plan.LaunchPlan
+) -> DispatchArgs:
+    """The kernel's arguments, but for the outputs."""
+    slots, positions, kept_slots, kept_positions = (place.data_ptr() for place in places.unbind())
+    args = DispatchArgs(
+        window=endpoint.window_argument,
+        patience=endpoint.patience_argument,
+        routing=Routing.of(request.topk_idx, request.num_experts, endpoint.num_ranks, request.max_tokens),
+        record=RecordShape.of(request.record),
+        rows=Rows.of(request.x),
+        weights=pointer(request.weights),
+        sent=Places(slots, positions),
+        kept=Places(kept_slots, kept_positions),
+        alignment=request.alignment,
+    )
+    set_launch_fields(args, launch)
+    return args
+
+
+def _handle(
+    endpoint: Endpoint,
+    request: DispatchRequest,
+    outputs: Outputs,
+    counts: list[int],
+    topk_idx: torch.Tensor,
+    slots: torch.Tensor,
+) -> EPHandle:
+    """``counts``: selections of each local expert; empty if the host has not waited for them."""
+    local_experts, num_topk = request.num_experts // endpoint.num_ranks, topk_idx.shape[1]
+    aligned = [layout.align(count, request.alignment) for count in counts]
+    worst = outputs.rows * min(num_topk, local_experts) + (request.alignment - 1) * local_experts
+    return EPHandle(
+        do_expand=False,
+        num_experts=request.num_experts,
+        expert_alignment=request.alignment,
+        num_max_tokens_per_rank=request.max_tokens,
+        num_sms=request.num_sms,
+        topk_idx=topk_idx,
+        num_recv_tokens=outputs.rows,
+        num_expanded_tokens=sum(aligned) if counts else layout.align(worst, request.alignment),
+        num_recv_tokens_per_expert_list=aligned,
+        psum_num_recv_tokens_per_scaleup_rank=outputs.per_rank,
+        psum_num_recv_tokens_per_expert=outputs.per_expert_aligned,
+        num_unaligned_recv_tokens_per_expert=outputs.per_expert,
+        recv_src_metadata=outputs.metadata,
+        dst_buffer_slot_idx=slots,
+        group_ranks=endpoint.group_ranks,
+        rank=endpoint.rank,
+    )

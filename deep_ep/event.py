@@ -1,0 +1,162 @@
+"""Streams and events: what a call waits for, and what may wait for it. On simulated ranks all of it is inert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+
+
+class EventHandle:
+    """A CUDA event, recorded on the current stream when it is made (nothing where there is no GPU)."""
+
+    def __init__(self) -> None:
+        self.event: torch.cuda.Event | None = None
+        if torch.cuda.is_available():
+            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.event.record(torch.cuda.current_stream())
+
+    @classmethod
+    def inert(cls) -> EventHandle:
+        """An event that has happened."""
+        handle = cls.__new__(cls)
+        handle.event = None
+        return handle
+
+    @classmethod
+    def on(cls, stream: torch.cuda.Stream) -> EventHandle:
+        """An event recorded on ``stream`` now."""
+        handle = cls.inert()
+        handle.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        handle.event.record(stream)
+        return handle
+
+    def current_stream_wait(self) -> None:
+        """Make the current stream wait for the event. Does not block the host."""
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+
+
+class EventOverlap:
+    """What an asynchronous call gives back: an event to wait for, and the tensors that must live until then.
+
+    ``event`` is None when the call left nothing to wait for. As a context manager it waits on exit; called with
+    ``release_handle`` it waits at once.
+    """
+
+    def __init__(self, event: EventHandle | None = None, extra_tensors: Sequence[torch.Tensor] | None = None) -> None:
+        self.event = event
+        self.extra_tensors = extra_tensors
+        self._hooks: list[Callable[[], Any]] = []
+
+    def current_stream_wait(self, release_handle: bool = False) -> None:
+        """Make the current stream wait; then run the hooks.
+
+        Args:
+            release_handle: forget event and tensors afterwards.
+        """
+        if self.event is not None:
+            self.event.current_stream_wait()
+        if release_handle:
+            self.event = None
+            self.extra_tensors = None
+        hooks, self._hooks = self._hooks, []
+        for hook in hooks:
+            hook()
+
+    def register_hook_after_wait(self, fn: Callable[[], Any]) -> None:
+        """Call ``fn`` once, after the next wait."""
+        self._hooks.append(fn)
+
+    def __call__(self, release_handle: bool = False) -> None:
+        self.current_stream_wait(release_handle)
+
+    def __enter__(self) -> EventOverlap:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.current_stream_wait()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a call waits for and who waits for it, as its caller said."""
+
+    previous_event: EventOverlap | EventHandle | None
+    """What kernels wait for, instead of for what is queued on the current stream."""
+    previous_event_before_epilogue: EventOverlap | EventHandle | None
+    """What is waited for before output tensors are written."""
+    asynchronous: bool
+    """The current stream does not wait for the call."""
+    allocate_on_comm_stream: bool
+
+
+class CallOrder:
+    """One call's place among the streams: begin() before its first launch, end() after its last.
+
+    A call that is to run beside the compute stream takes the communication stream. Any other runs on the current stream
+    itself: two hand-overs less.
+
+    Args:
+        comm_stream: the machine's, or None on simulated ranks (then nothing here does anything).
+        previous_event: what the kernels wait for, instead of for what is queued on the current stream.
+        asynchronous: the current stream shall not wait for the call.
+        keep_in_event: keep tensors alive inside the returned event rather than by record_stream.
+    """
+
+    def __init__(
+        self,
+        comm_stream: torch.cuda.Stream | None,
+        previous_event: EventOverlap | EventHandle | None,
+        asynchronous: bool,
+        keep_in_event: bool,
+    ) -> None:
+        self._previous = previous_event
+        self._asynchronous = asynchronous
+        self._keep_in_event = keep_in_event
+        self._current = torch.cuda.current_stream() if comm_stream is not None else None
+        self._beside = asynchronous or previous_event is not None
+        self.stream = comm_stream if self._beside else self._current
+        """Where the call's kernels run; None on simulated ranks."""
+
+    def begin(self, last: torch.cuda.Stream | None) -> None:
+        """Make the stream wait for the inputs, and for the buffer's call before this one, which ran on ``last``."""
+        if self.stream is None or self._current is None:
+            return
+        if last is not None and last != self.stream and not torch.cuda.is_current_stream_capturing():
+            self.stream.wait_stream(last)
+        if self._beside and self._previous is None:
+            self.stream.wait_stream(self._current)
+        self.wait_for(self._previous)
+
+    def wait_for(self, event: EventOverlap | EventHandle | None) -> None:
+        """Make the stream wait for an event of an earlier call."""
+        handle = event.event if isinstance(event, EventOverlap) else event
+        if self.stream is not None and isinstance(handle, EventHandle) and handle.event is not None:
+            self.stream.wait_event(handle.event)
+
+    def allocation(self, on_comm_stream: bool) -> AbstractContextManager[Any]:
+        """The context in which outputs are allocated."""
+        return torch.cuda.stream(self.stream) if on_comm_stream and self._beside and self.stream else nullcontext()
+
+    def end(self, tensors: Sequence[torch.Tensor | None]) -> EventOverlap:
+        """Make the current stream wait, or, when asynchronous, hand out an event that can be waited for."""
+        if self.stream is None:
+            return EventOverlap(EventHandle.inert() if self._asynchronous else None)
+        if not self._asynchronous:
+            if self._beside and self._current is not None:
+                self._current.wait_stream(self.stream)
+            return EventOverlap()
+        living = [tensor for tensor in tensors if tensor is not None]
+        event = EventHandle.on(self.stream)
+        if self._keep_in_event:
+            return EventOverlap(event, living)
+        for tensor in living:
+            tensor.record_stream(self.stream)
+        return EventOverlap(event)

@@ -1,0 +1,51 @@
+"""What a dispatch leaves for its combine, for the backward pass and for reuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class EPHandle:
+    """Where every token of one dispatch went. Only ``do_expand`` may be set by the caller.
+
+    With R ranks, K selections a token, L local experts and N received tokens (with ``do_cpu_sync=False``: rows of the
+    worst case, the real count is the last of ``psum_num_recv_tokens_per_scaleup_rank``). Tensors lie where the kernels
+    run.
+    """
+
+    do_expand: bool
+    """Whether combine takes rows of the expanded layout."""
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    """SMs of the dispatch; combine takes the same unless told otherwise."""
+    topk_idx: torch.Tensor
+    """[T, K] topk_idx_t: the selections of this rank's tokens."""
+    num_recv_tokens: int
+    """Rows of recv_x in the plain layout."""
+    num_expanded_tokens: int
+    """Rows of the expanded layout, padding included."""
+    num_recv_tokens_per_expert_list: list[int]
+    """[L] aligned counts; empty without CPU sync."""
+    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
+    """[R] int32, inclusive sums of received tokens by source rank."""
+    psum_num_recv_tokens_per_expert: torch.Tensor
+    """[L] int32, inclusive sums of aligned counts (plain layout)."""
+    num_unaligned_recv_tokens_per_expert: torch.Tensor
+    """[L] int32, counts."""
+    recv_src_metadata: torch.Tensor
+    """[N, K+2] int32: global token index; source rank * K + last local selection; row of each selection in the expanded
+    layout or -1."""
+    dst_buffer_slot_idx: torch.Tensor
+    """[T, K] int32: place of this token among those that this rank sends to the rank of the selection, or -1."""
+    group_ranks: tuple[int, ...] = field(repr=False)
+    """Global ranks of the group; a buffer of another group refuses the handle."""
+    rank: int = field(repr=False)
+
+    @property
+    def num_topk(self) -> int:
+        return int(self.topk_idx.shape[1])

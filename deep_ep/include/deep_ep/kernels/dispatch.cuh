@@ -1,0 +1,120 @@
+#pragma once
+// Dispatch inside one NVLink domain: every token goes, once, to each rank that holds one of its experts.
+//
+// The first blocks of a launch send: they push this rank's rows to the peers' staging regions. The others receive: they
+// learn from the counts where every row will stand, then copy rows out as they arrive, and this rank's own straight
+// from x. The two never share a block: stores to a peer that wait for the link would hold up the copies behind them.
+//
+// A launch may also do one half only. With a CPU sync the host allocates exact tensors between the halves, while the
+// pushes run.
+
+#include <deep_ep/phases/admit.cuh>
+#include <deep_ep/phases/collect.cuh>
+#include <deep_ep/phases/copy_out.cuh>
+#include <deep_ep/phases/look_back.cuh>
+#include <deep_ep/phases/place.cuh>
+#include <deep_ep/phases/publish.cuh>
+#include <deep_ep/phases/report.cuh>
+#include <deep_ep/phases/retire.cuh>
+#include <deep_ep/phases/scatter.cuh>
+#include <deep_ep/wire/blocks.cuh>
+
+namespace deep_ep {
+
+struct DispatchConfig {
+  int num_send_warps;   // of a sending block
+  int num_send_stages;  // of each of their rings (ring.cuh)
+  int num_send_storing;
+  int num_receive_warps;  // of a receiving block
+  int num_receive_stages;
+  int num_receive_storing;
+};
+
+// Places of this rank's tokens, [num_tokens, num_topk] each (place.cuh).
+struct Places {
+  int32_t* slots;
+  int32_t* positions;
+};
+
+struct DispatchArgs {
+  Window window;
+  device::Patience patience;
+  Routing routing;
+  Record record;
+  Rows rows;
+  const float* weights;  // [num_tokens, num_topk] or null
+  Places sent;           // what senders work out; in a launch without senders, what an earlier one did
+  Places kept;           // what receivers work out for themselves, so that no half waits for the other
+  Received received;
+  Counts counts;
+  int32_t* host_words;  // null, or where a launch of senders only reports the counts
+  int32_t alignment;
+  int32_t num_send_blocks;  // the others receive
+  int32_t send_piece_bytes, send_stage_bytes, receive_piece_bytes, receive_stage_bytes, tables_bytes;
+};
+
+// Finds the place of every token of this block's range, among all tokens of this rank.
+EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, Range range, const Places& places,
+                     const Tables& tables) {
+  const Range share = part_of(range, device::warp_idx(), device::num_warps());
+  const WarpCounts counts{device::shared_memory<int>(a.tables_bytes), a.routing.num_experts};
+  place_in_experts(a.routing, share, places.positions, counts);
+  place_in_ranks(a.routing, share, a.window.num_ranks, places.slots, counts);
+  device::sync_block();
+  sum_over_warps(a.routing.num_experts, counts, tables);
+  device::sync_block();
+  share_counts(a.window, epoch, a.routing.num_experts, tables);
+  device::sync_block();
+  look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
+  device::sync_block();
+  settle(a.routing, share, places.slots, places.positions, counts, tables);
+  device::fence_async_proxy_shared();  // the rings take over the memory of the counts
+}
+
+template <DispatchConfig C>
+EP_DEVICE void dispatch(const DispatchArgs& a) {
+  const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
+  const Tables tables = Tables::at(device::shared_memory<int>(), a.routing.num_experts);
+  const bool sender = sends(a.num_send_blocks), receiver = !sender;
+  const Blocks team = team_of_block(a.num_send_blocks);
+  const Range range = part_of({0, a.routing.num_tokens}, team.own(), team.count);
+  const Places& places = receiver && a.num_send_blocks > 0 ? a.kept : a.sent;
+  const TokenTables token_tables{places.slots, places.positions, a.weights};
+  const int experts_per_rank = a.routing.experts_per_rank, warp = device::warp_idx();
+  char* rings = device::shared_memory<char>(a.tables_bytes);
+  const auto good = [&] { return device::load_relaxed_gpu(tables.ok) != 0; };
+
+  if (device::thread_idx() == 0) device::store_relaxed_gpu(tables.ok, 1);
+  device::sync_block();
+  if (sender) admit(a.window, epoch, a.patience, tables.ok);
+  if (a.num_send_blocks > 0) place(a, epoch, team, range, places, tables);
+  if (sender && good()) publish(a.window, epoch, team, experts_per_rank, tables);
+  device::sync_block();
+
+  const bool reports = sender && a.host_words != nullptr && team.own() == 0;
+  if ((receiver || reports) && good()) {
+    collect(a.window, epoch, experts_per_rank, a.alignment, a.patience, tables);
+    if (reports && good()) report_to_host(a.window, experts_per_rank, tables, a.host_words);
+    if (receiver && good() && team.own() == 0) report_counts(a.window, experts_per_rank, a.alignment, tables, a.counts);
+  }
+  device::sync_block();
+
+  if (sender && warp < C.num_send_warps && good()) {
+    using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
+    const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
+    scatter(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.send_piece_bytes, range, warp,
+            C.num_send_warps);
+  }
+  if (receiver && good()) {
+    if (warp < C.num_receive_warps) {
+      using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
+      const ReceiveRing ring = ReceiveRing::at(rings, warp, C.num_receive_warps, a.receive_stage_bytes);
+      copy_out(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.receive_piece_bytes, range, team,
+               C.num_receive_warps, a.patience, tables, a.received);
+    }
+    blank_unused(a.routing, a.received, tables.row_base[a.window.num_ranks], team);
+  }
+  if (a.num_send_blocks < device::num_blocks()) retire(a.window, epoch);
+}
+
+}  // namespace deep_ep

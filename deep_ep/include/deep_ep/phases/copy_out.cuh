@@ -1,0 +1,238 @@
+#pragma once
+// reads         own rows of x; staged records of the peers
+// writes        recv_x, recv_topk_idx, recv_topk_weights, recv_src_metadata
+// waits for     the arrival mark of each record, in the order in which the sources send
+// leaves behind every received row in its final place
+//
+// Own tokens never touch the staging region: their tails are composed here, so both kinds are landed by the same lines.
+
+#include <deep_ep/phases/collect.cuh>
+#include <deep_ep/phases/compose.cuh>
+#include <deep_ep/phases/scatter.cuh>
+#include <deep_ep/wire/blocks.cuh>
+
+namespace deep_ep {
+
+struct Received {
+  char* x;            // [rows, row_bytes]
+  int64_t stride;     // bytes
+  void* topk_idx;     // [rows, num_topk], as wide as the sender's indices
+  float* weights;     // [rows, num_topk] or null
+  int32_t* metadata;  // [rows, num_topk + 2]
+  int32_t rows;       // allocated
+};
+
+// What comes from the peers, in about the order in which it is sent: the first token of every (source, sending block),
+// then the second of each, and so on. A warp looks at 32 of its share at a time, one a lane, and takes whichever has
+// come.
+class Arrivals {
+ public:
+  // What one item is: a slot of a source; -1 where there is none.
+  struct Item {
+    int source, slot;
+  };
+
+  EP_DEVICE Arrivals(const Window& window, uint32_t epoch, const Tables& tables, const device::Patience& patience,
+                     int first, int step)
+      : window_(window), epoch_(epoch), tables_(tables), patience_(patience), step_(step) {
+    int senders = 0, rounds = 0;
+    EP_NO_UNROLL
+    for (int source = 0; source < window.num_ranks; ++source) {
+      if (source == window.rank) continue;
+      const int* starts = tables.starts + source * (kMaxBlocks + 1);
+      EP_NO_UNROLL
+      for (int block = device::lane_idx(); block < kMaxBlocks; block += 32) {
+        const int tokens = starts[block + 1] - starts[block];
+        if (tokens > 0) senders = block + 1;
+        rounds = tokens > rounds ? tokens : rounds;
+      }
+    }
+    senders_ = device::reduce_max(senders);
+    items_ = device::reduce_max(rounds) * senders_ * (window.num_ranks - 1);
+    look_at(first);
+  }
+
+  // Takes an item that has come, if there is one; with `patient`, waits for one as long as any are left.
+  EP_DEVICE bool take(bool patient, Item& taken) {
+    if (!more()) return false;
+    if ((came_ & left_) == 0) poll();
+    if ((came_ & left_) == 0 && patient) {
+      wait_for(lowest_bit(left_));
+      if (failed_) return false;
+      poll();
+    }
+    const uint32_t ready = came_ & left_;
+    if (ready == 0) return false;
+    const int lane = lowest_bit(ready);
+    left_ &= ~(1u << lane);
+    taken = {device::shuffle(mine_.source, lane), device::shuffle(mine_.slot, lane)};
+    if (left_ == 0) look_at(first_ + 32 * step_);
+    return true;
+  }
+
+  // Whether any are left; none once one never came.
+  EP_DEVICE bool more() const { return left_ != 0 && !failed_; }
+
+ private:
+  // Skips ahead to the next 32 items of which any exists.
+  EP_DEVICE void look_at(int first) {
+    came_ = left_ = 0;
+    EP_NO_UNROLL
+    for (first_ = first; first_ < items_ && left_ == 0; first_ += 32 * step_) {
+      mine_ = at(first_ + device::lane_idx() * step_);
+      left_ = device::ballot(mine_.slot >= 0);
+      if (left_ != 0) break;
+    }
+  }
+
+  EP_DEVICE Item at(int item) const {
+    if (item >= items_) return {-1, -1};
+    const int peers = window_.num_ranks - 1;
+    const int other = item % peers, block = item / peers % senders_, round = item / peers / senders_;
+    const int source = other < window_.rank ? other : other + 1;
+    const int* starts = tables_.starts + source * (kMaxBlocks + 1) + block;
+    return {source, starts[0] + round < starts[1] ? starts[0] + round : -1};
+  }
+
+  EP_DEVICE uint32_t seen() const {
+    return device::load_acquire_sys(arrived(window_, window_.rank, mine_.source, mine_.slot));
+  }
+
+  EP_DEVICE void poll() {
+    const bool mine = left_ >> device::lane_idx() & 1;
+    came_ = device::ballot(mine && seen() == epoch_);
+    device::fence_async_proxy_global();
+    device::sync_warp();
+  }
+
+  EP_DEVICE void wait_for(int lane) {
+    bool came = true;
+    if (device::lane_idx() == lane) {
+      came = device::wait_until_equals(patience_, {.phase = phase::kCopyOut, .peer = mine_.source, .expected = epoch_},
+                                       [&] { return seen(); });
+    }
+    failed_ = !device::all(came);
+  }
+
+  const Window& window_;
+  const uint32_t epoch_;
+  const Tables& tables_;
+  const device::Patience& patience_;
+  const int step_;
+  int senders_, items_, first_;
+  Item mine_ = {-1, -1};
+  uint32_t left_ = 0, came_ = 0;  // lanes whose item is still to be taken; of those, whose has come
+  bool failed_ = false;
+};
+
+EP_DEVICE void land_tail(const Window& window, const Routing& routing, const Tables& tables, const Received& out,
+                         int source, int row, const char* at) {
+  const RoutingTail tail{reinterpret_cast<int32_t*>(const_cast<char*>(at)), routing.num_topk};
+  const int k = device::lane_idx(), num_topk = routing.num_topk;
+  const int expert = k < num_topk ? tail.expert(k) : -1;
+  const bool here = expert >= 0 && routing.rank_of(expert) == window.rank;
+  const int local = here ? expert - window.rank * routing.experts_per_rank : -1;
+  const uint32_t chosen = device::ballot(here);
+  int32_t* metadata = out.metadata + int64_t(row) * (num_topk + 2);
+  if (k == 0) {
+    metadata[0] = source * routing.max_tokens + tail.token();
+    metadata[1] = source * num_topk + highest_bit(chosen);
+  }
+  if (k < num_topk) {
+    const int64_t entry = int64_t(row) * num_topk + k;
+    metadata[2 + k] = here ? tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k) : -1;
+    if (routing.index_bytes == 8) {
+      static_cast<int64_t*>(out.topk_idx)[entry] = local;
+    } else {
+      static_cast<int32_t*>(out.topk_idx)[entry] = local;
+    }
+    if (out.weights != nullptr) out.weights[entry] = tail.weight(k);
+  }
+}
+
+template <class Ring>
+EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, const Routing& routing,
+                        const TokenTables& token_tables, const Rows& rows, const Record& record, int piece_bytes,
+                        Range range, const Blocks& team, int num_warps, const device::Patience& patience,
+                        const Tables& tables, const Received& out) {
+  const int warp = device::warp_idx();
+  Arrivals arrivals(window, epoch, tables, patience, team.own() * num_warps + warp, team.count * num_warps);
+  int ahead = range.begin + warp;  // this warp's next own token
+  Choice next = load_choice(routing, token_tables, ahead, range.end);
+
+  // The token being loaded.
+  Choice choice = next;
+  int source = -1, row = 0, token = 0, offset = 0;
+  const char* from = nullptr;
+
+  const auto next_own = [&] {
+    while (ahead < range.end) {
+      token = ahead;
+      choice = next;
+      ahead += num_warps;
+      next = load_choice(routing, token_tables, ahead, range.end);
+      const Selection selection = select(routing, choice.expert);
+      const uint32_t here = device::ballot(selection.speaks && selection.rank == window.rank);
+      if (here == 0) continue;
+      source = window.rank;
+      row = tables.row_base[source] + device::shuffle(choice.slot, lowest_bit(here));
+      from = rows.x + token * rows.stride;
+      return true;
+    }
+    return false;
+  };
+  const auto next_arrival = [&](bool patient) {
+    Arrivals::Item item;
+    if (!arrivals.take(patient, item)) return false;
+    source = item.source;
+    row = tables.row_base[source] + item.slot;
+    from = staged(window, window.rank, source, item.slot, routing.max_tokens, record.bytes());
+    return true;
+  };
+  // What has come goes first; own rows fill the time in which nothing has.
+  const auto next_token = [&](bool patient) {
+    return next_arrival(false) || next_own() || (patient && next_arrival(true));
+  };
+
+  const auto fill = [&](Stage stage, bool patient) {
+    if (offset == 0 && !next_token(patient)) return arrivals.more() ? Filled::kNotYet : Filled::kNoMore;
+    const int bytes = min_of(piece_bytes, record.row_bytes - offset);
+    const bool last = offset + bytes == record.row_bytes;
+    const bool composed = source == window.rank;
+    if (last && composed) compose_tail(routing, token, choice, stage.data + bytes);
+    device::fence_async_proxy_shared();
+    device::sync_warp();
+    if (device::elect()) {
+      *stage.ticket = {.token = token, .row = row, .source = source, .offset = offset, .bytes = bytes, .last = last};
+      const int loaded = last && !composed ? bytes + record.tail_bytes : bytes;
+      device::mbarrier_arrive_expect(*stage.full, loaded);
+      device::bulk_load(stage.data, from + offset, loaded, *stage.full);
+    }
+    device::sync_warp();
+    offset = last ? 0 : offset + bytes;
+    return Filled::kYes;
+  };
+  const auto drain = [&](Stage stage) {
+    const Ticket& ticket = *stage.ticket;
+    if (device::elect()) device::bulk_store(out.x + ticket.row * out.stride + ticket.offset, stage.data, ticket.bytes);
+    if (ticket.last) land_tail(window, routing, tables, out, ticket.source, ticket.row, stage.data + ticket.bytes);
+  };
+  ring.run(fill, drain, [](int) {});
+}
+
+// Rows past the real count say "no expert", whatever their memory held.
+EP_DEVICE void blank_unused(const Routing& routing, const Received& out, int used_rows, const Blocks& team) {
+  const int thread = team.own() * device::num_threads() + device::thread_idx();
+  const int num_threads = team.count * device::num_threads();
+  const int64_t end = int64_t(out.rows) * routing.num_topk;
+  EP_NO_UNROLL
+  for (int64_t entry = int64_t(used_rows) * routing.num_topk + thread; entry < end; entry += num_threads) {
+    if (routing.index_bytes == 8) {
+      static_cast<int64_t*>(out.topk_idx)[entry] = -1;
+    } else {
+      static_cast<int32_t*>(out.topk_idx)[entry] = -1;
+    }
+  }
+}
+
+}  // namespace deep_ep

@@ -1,0 +1,67 @@
+#pragma once
+// reads         the partial counts of the blocks of one team
+// writes        this block's partial counts; tables.*_below and .*_total
+// waits for     the counts of the other blocks
+// leaves behind (after the block has synchronised) what the team's blocks before this one counted, and what all did
+
+#include <deep_ep/phases/tables.cuh>
+#include <deep_ep/wire/blocks.cuh>
+#include <deep_ep/wire/phase.cuh>
+#include <deep_ep/wire/window.cuh>
+#include <deep_ep/wire/word.cuh>
+
+namespace deep_ep {
+
+EP_DEVICE void share_counts(const Window& window, uint32_t epoch, int num_experts, const Tables& tables) {
+  uint64_t* mine = partials(window, device::block_idx());
+  EP_NO_UNROLL
+  for (int i = device::thread_idx(); i < num_experts + window.num_ranks; i += device::num_threads()) {
+    const int count = i < num_experts ? tables.expert_below[i] : tables.rank_below[i - num_experts];
+    device::store_relaxed_gpu(mine + i, word(count, epoch));
+  }
+}
+
+// Adds up word `i` of the team's blocks; false when one never came.
+EP_DEVICE bool add_up(const Window& window, uint32_t epoch, const Blocks& team, int i, const device::Patience& patience,
+                      int& below, int& total) {
+  constexpr int kTogether = 8;  // loads under way at once
+  below = total = 0;
+  EP_NO_UNROLL
+  for (int first = team.first; first < team.end(); first += kTogether) {
+    uint64_t words[kTogether];
+    bool all_came = true;
+    for (int j = 0; j < kTogether; ++j) {
+      words[j] = first + j < team.end() ? device::load_relaxed_sys(partials(window, first + j) + i) : word(0, epoch);
+      all_came = all_came && words[j] >> 32 == epoch;
+    }
+    if (!all_came) {  // wait for each, and look again
+      EP_NO_UNROLL
+      for (int block = first; block < first + kTogether && block < team.end(); ++block) {
+        int count;
+        if (!await_word(partials(window, block) + i, epoch, patience, phase::kLookBack, window.rank, count))
+          return false;
+      }
+      first -= kTogether;
+      continue;
+    }
+    for (int j = 0; j < kTogether; ++j) {
+      const int count = static_cast<int>(static_cast<uint32_t>(words[j]));
+      if (first + j < device::block_idx()) below += count;
+      total += count;
+    }
+  }
+  return true;
+}
+
+EP_DEVICE void look_back(const Window& window, uint32_t epoch, const Blocks& team, int num_experts,
+                         const device::Patience& patience, const Tables& tables) {
+  EP_NO_UNROLL
+  for (int i = device::thread_idx(); i < num_experts + window.num_ranks; i += device::num_threads()) {
+    int below, total;
+    if (!add_up(window, epoch, team, i, patience, below, total)) device::store_relaxed_gpu(tables.ok, 0);
+    (i < num_experts ? tables.expert_below + i : tables.rank_below + i - num_experts)[0] = below;
+    (i < num_experts ? tables.expert_total + i : tables.rank_total + i - num_experts)[0] = total;
+  }
+}
+
+}  // namespace deep_ep

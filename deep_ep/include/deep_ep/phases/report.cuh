@@ -1,0 +1,43 @@
+#pragma once
+// reads         tables of a block that has collected
+// writes        the handle's counts on the device, or the host's words
+// waits for     nothing
+// leaves behind counts; for the host, released by their first word
+
+#include <deep_ep/phases/collect.cuh>
+
+namespace deep_ep {
+
+struct Counts {
+  int32_t* per_rank;            // [num_ranks]         inclusive sums of rows by source
+  int32_t* per_expert_aligned;  // [experts_per_rank]  inclusive sums of aligned counts
+  int32_t* per_expert;          // [experts_per_rank]  counts
+};
+
+// After collect(), expert_total[e] is the count of local expert e.
+EP_DEVICE void report_counts(const Window& window, int experts_per_rank, int alignment, const Tables& tables,
+                             const Counts& out) {
+  const int thread = device::thread_idx();
+  if (thread < window.num_ranks) out.per_rank[thread] = tables.row_base[thread + 1];
+  EP_NO_UNROLL
+  for (int e = thread; e < experts_per_rank; e += device::num_threads()) {
+    const int count = tables.expert_total[e];
+    out.per_expert[e] = count;
+    out.per_expert_aligned[e] =
+        tables.expert_row[e] + align_up(count, alignment);  // source 0's rows start the expert's
+  }
+}
+
+// words: [0] ready, [1] rows of the plain layout, [2..] count of each local expert.
+EP_DEVICE void report_to_host(const Window& window, int experts_per_rank, const Tables& tables, int32_t* words) {
+  const int thread = device::thread_idx();
+  if (thread == 0) device::store_relaxed_sys(words + 1, static_cast<int32_t>(tables.row_base[window.num_ranks]));
+  EP_NO_UNROLL
+  for (int e = thread; e < experts_per_rank; e += device::num_threads()) {
+    device::store_relaxed_sys(words + 2 + e, static_cast<int32_t>(tables.expert_total[e]));
+  }
+  device::sync_block();
+  if (thread == 0) device::store_release_sys(words, 1);
+}
+
+}  // namespace deep_ep

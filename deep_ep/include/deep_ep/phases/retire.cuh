@@ -1,0 +1,32 @@
+#pragma once
+// reads         nothing
+// writes        control.blocks_done, .epoch; the peers' control.drained
+// waits for     nothing: the last block to come here does the work
+// leaves behind at every peer the mark that its records have been read, and here the epoch of the next operation
+
+#include <deep_ep/device/device.cuh>
+#include <deep_ep/wire/window.cuh>
+
+namespace deep_ep {
+
+EP_DEVICE void retire(const Window& window, uint32_t epoch) {
+  device::sync_block();
+  if (device::warp_idx() != 0) return;
+  Control& own = control(window, window.rank);
+  uint32_t before = 0;
+  if (device::elect()) before = device::fetch_add_acq_rel_gpu(&own.blocks_done, 1u);
+  if (static_cast<uint32_t>(device::reduce_max(static_cast<int>(before))) + 1 !=
+      static_cast<uint32_t>(device::num_blocks()))
+    return;
+  device::sync_warp();
+  const int lane = device::lane_idx();
+  if (lane < window.num_ranks && lane != window.rank) {
+    device::store_release_sys(&control(window, lane).drained[window.rank], epoch);
+  }
+  if (lane == 0) {
+    device::store_relaxed_gpu(&own.blocks_done, 0u);
+    device::store_relaxed_gpu(&own.epoch, epoch);
+  }
+}
+
+}  // namespace deep_ep

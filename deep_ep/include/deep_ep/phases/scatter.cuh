@@ -1,0 +1,92 @@
+#pragma once
+// reads         x, and the routing of the block's range
+// writes        staged records and arrival marks at the peers
+// waits for     nothing (admit has let us in)
+// leaves behind at each peer a whole record before its mark (announce.cuh)
+//
+// A row is loaded once and stored once for each peer that it goes to.
+
+#include <deep_ep/phases/announce.cuh>
+#include <deep_ep/phases/compose.cuh>
+#include <deep_ep/phases/ring.cuh>
+#include <deep_ep/wire/window.cuh>
+
+namespace deep_ep {
+
+struct Rows {
+  const char* x;
+  int64_t stride;  // bytes
+};
+
+template <class Ring>
+EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, const Routing& routing,
+                       const TokenTables& tables, const Rows& rows, const Record& record, int piece_bytes, Range range,
+                       int first, int step) {
+  const int lane = device::lane_idx();
+  Announcer announcer(window, epoch);
+  int ahead = range.begin + first;  // the token after the one being loaded
+  Choice next = load_choice(routing, tables, ahead, range.end);
+  Choice choice = next;
+  int token = -1, offset = 0, slot_at_rank = -1;
+
+  // The next token that leaves this rank; lane r learns its slot at rank r.
+  const auto next_token = [&] {
+    EP_NO_UNROLL
+    while (ahead < range.end) {
+      token = ahead;
+      choice = next;
+      ahead += step;
+      next = load_choice(routing, tables, ahead, range.end);
+      const Selection selection = select(routing, choice.expert);
+      uint32_t speakers = device::ballot(selection.speaks && selection.rank != window.rank);
+      if (speakers == 0) continue;
+      slot_at_rank = -1;
+      EP_NO_UNROLL
+      for (; speakers != 0; speakers &= speakers - 1) {
+        const int rank = device::shuffle(selection.rank, lowest_bit(speakers));
+        const int slot = device::shuffle(choice.slot, lowest_bit(speakers));
+        if (lane == rank) slot_at_rank = slot;
+      }
+      return true;
+    }
+    return false;
+  };
+
+  const auto fill = [&](Stage stage, bool) {
+    if (offset == 0 && !next_token()) return Filled::kNoMore;
+    const int bytes = min_of(piece_bytes, record.row_bytes - offset);
+    const bool last = offset + bytes == record.row_bytes;
+    if (last) compose_tail(routing, token, choice, stage.data + bytes);
+    if (lane < window.num_ranks) stage.ticket->slot[lane] = slot_at_rank;
+    device::fence_async_proxy_shared();
+    device::sync_warp();
+    if (device::elect()) {
+      stage.ticket->offset = offset;
+      stage.ticket->bytes = last ? bytes + record.tail_bytes : bytes;
+      stage.ticket->last = last;
+      device::mbarrier_arrive_expect(*stage.full, bytes);
+      device::bulk_load(stage.data, rows.x + token * rows.stride + offset, bytes, *stage.full);
+    }
+    device::sync_warp();
+    offset = last ? 0 : offset + bytes;
+    return Filled::kYes;
+  };
+  int drained = 0;
+  const auto drain = [&](Stage stage) {
+    const Ticket& ticket = *stage.ticket;
+    if (device::elect()) {
+      EP_NO_UNROLL
+      for (int rank = 0; rank < window.num_ranks; ++rank) {
+        if (ticket.slot[rank] < 0) continue;
+        char* to = staged(window, rank, window.rank, ticket.slot[rank], routing.max_tokens, record.bytes());
+        device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
+      }
+    }
+    ++drained;
+    if (ticket.last) announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained);
+  };
+  ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
+  announcer.finish();
+}
+
+}  // namespace deep_ep

@@ -1,0 +1,39 @@
+#pragma once
+// Shared memory of one dispatch block, before the rings: what it counted and what the sources told it. plan.py reserves
+// the same number of bytes (Tables::bytes there and here are compared by a test on both machines).
+
+#include <deep_ep/device/device.cuh>
+#include <deep_ep/limits.cuh>
+
+namespace deep_ep {
+
+struct Tables {
+  int* ok;            // [4]  0 once a wait of this block has failed: then it drains
+  int* expert_below;  // [num_experts]  selections by the blocks before this one; until look_back, by this block
+  int* expert_total;  // [num_experts]  by all blocks
+  int* rank_below;    // [kMaxRanks]    tokens bound for a rank, likewise
+  int* rank_total;    // [kMaxRanks]
+  int* row_base;      // [kMaxRanks + 1]  first row of each source in the plain layout; the last is the number of rows
+  int* expert_row;    // [num_experts = sources x local experts]  first expanded row of (source, local expert)
+  int* starts;        // [num_ranks][kMaxBlocks + 1]  where the slots of each sending block start
+
+  static constexpr int bytes(int num_experts, int num_ranks) {
+    const int words = 4 + 3 * num_experts + 3 * kMaxRanks + 4 + num_ranks * (kMaxBlocks + 1);
+    return (words * 4 + 127) / 128 * 128;
+  }
+
+  EP_DEVICE static Tables at(int* words, int num_experts) {
+    Tables tables;
+    tables.ok = words;
+    tables.expert_below = words + 4;
+    tables.expert_total = tables.expert_below + num_experts;
+    tables.rank_below = tables.expert_total + num_experts;
+    tables.rank_total = tables.rank_below + kMaxRanks;
+    tables.row_base = tables.rank_total + kMaxRanks;
+    tables.expert_row = tables.row_base + kMaxRanks + 4;
+    tables.starts = tables.expert_row + num_experts;
+    return tables;
+  }
+};
+
+}  // namespace deep_ep

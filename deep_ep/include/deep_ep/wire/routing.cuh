@@ -1,0 +1,49 @@
+#pragma once
+// Which experts, and so which ranks, a token goes to.
+
+#include <deep_ep/device/device.cuh>
+
+namespace deep_ep {
+
+struct Routing {
+  const void* topk_idx;  // [num_tokens, num_topk], 4- or 8-byte integers; anything outside [0, num_experts) is "none"
+  int32_t num_tokens, num_topk, num_experts, experts_per_rank;
+  int32_t index_bytes;  // 4 or 8
+  int32_t max_tokens;   // of any rank
+
+  EP_DEVICE int rank_of(int expert) const { return expert / experts_per_rank; }
+
+  // Expert of selection `entry = token * num_topk + k`, or -1.
+  EP_DEVICE int expert(int64_t entry) const {
+    const int64_t value =
+        index_bytes == 8 ? static_cast<const int64_t*>(topk_idx)[entry] : static_cast<const int32_t*>(topk_idx)[entry];
+    return value >= 0 && value < num_experts ? static_cast<int>(value) : -1;
+  }
+};
+
+// Lane k's selection of one token. `speaks` is set in one lane for every rank that the token goes to: the lane of that
+// rank's last selection, so the speaking lanes, in order, are the order in which combine adds.
+struct Selection {
+  int rank;
+  bool speaks;
+};
+
+EP_DEVICE Selection select(const Routing& routing, int expert_of_lane) {
+  const int rank = expert_of_lane >= 0 ? routing.rank_of(expert_of_lane) : -1;
+  const uint32_t same = device::match_any(rank);
+  return {rank, rank >= 0 && same >> device::lane_idx() == 1};
+}
+
+// Consecutive tokens of this rank.
+struct Range {
+  int begin, end;
+};
+
+// Part `part` of `parts` nearly equal, consecutive ones.
+EP_DEVICE Range part_of(Range whole, int part, int parts) {
+  const int64_t tokens = whole.end - whole.begin;
+  return {whole.begin + static_cast<int>(tokens * part / parts),
+          whole.begin + static_cast<int>(tokens * (part + 1) / parts)};
+}
+
+}  // namespace deep_ep

@@ -1,0 +1,56 @@
+#pragma once
+// The window: memory that every rank of the NVLink domain can load from and store to. All windows have the same regions
+// at the same offsets (deep_ep/layout.py owns the table), so an address is a base plus an offset.
+//
+//   control    epoch, drained marks                            written by this rank and, a word each, by its peers
+//   partials   one word per (block, expert or rank)            written and read by this rank's blocks only
+//   messages   one Message per source rank                     written by that source
+//   arrived    one word per (source rank, slot)                written by that source
+//   rows       one record per (source rank, slot)              written by that source; a rank keeps none for itself
+
+#include <deep_ep/device/device.cuh>
+#include <deep_ep/limits.cuh>
+
+namespace deep_ep {
+
+// Every operation on a buffer has the next epoch. Marks and words carry the epoch they were written in, so nothing is
+// ever reset, and a replayed CUDA graph counts on like any other launch.
+struct Control {
+  uint32_t epoch;               // of the last finished operation
+  uint32_t blocks_done;         // blocks of the running operation that have finished
+  uint32_t reserved[14];        // the words above are this rank's own; peers write the next cache lines
+  uint32_t drained[kMaxRanks];  // [r]: the last operation in which rank r has read all that this rank sent to it
+};
+
+struct Window {
+  char* base[kMaxRanks];  // as this rank addresses them
+  int32_t rank, num_ranks;
+  int32_t slots_per_source;                    // arrival marks that the region holds for each source
+  int32_t message_words;                       // words of one Message
+  uint64_t partials, messages, arrived, rows;  // offsets in bytes
+};
+
+EP_DEVICE Control& control(const Window& window, int at) { return *reinterpret_cast<Control*>(window.base[at]); }
+
+// Word `index` of what block `block` of this rank counted.
+EP_DEVICE uint64_t* partials(const Window& window, int block) {
+  return reinterpret_cast<uint64_t*>(window.base[window.rank] + window.partials) + block * (kMaxExperts + kMaxRanks);
+}
+
+// The message that lies at rank `at` and that rank `from` wrote.
+EP_DEVICE uint64_t* message(const Window& window, int at, int from) {
+  return reinterpret_cast<uint64_t*>(window.base[at] + window.messages) + int64_t(from) * window.message_words;
+}
+
+EP_DEVICE uint32_t* arrived(const Window& window, int at, int from, int slot) {
+  return reinterpret_cast<uint32_t*>(window.base[at] + window.arrived) + int64_t(from) * window.slots_per_source + slot;
+}
+
+// Record `slot` of those that rank `from` puts at rank `at`. Only peers have a place there, so the own rank is left
+// out.
+EP_DEVICE char* staged(const Window& window, int at, int from, int slot, int max_tokens, int record_bytes) {
+  const int64_t place = from < at ? from : from - 1;
+  return window.base[at] + window.rows + (place * max_tokens + slot) * record_bytes;
+}
+
+}  // namespace deep_ep

@@ -1,0 +1,141 @@
+"""The window's regions: what each rank keeps for its peers to write, where it lies and how large it is.
+
+This is the one table. Kernels get its offsets as arguments (not as template parameters: a second buffer of another size
+must not compile again), and deep_ep/include/deep_ep/wire/window.cuh says who writes which region.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The same numbers as in include/deep_ep/limits.cuh; a test compares them.
+MAX_RANKS = 32
+MAX_TOPK = 32
+MAX_EXPERTS = 2048
+MAX_BLOCKS = 160
+
+WINDOW_ALIGNMENT = 2 << 20  # bytes; a window is mapped in whole pages of 2 MiB
+REGION_ALIGNMENT = 256  # bytes
+CONTROL_BYTES = 256
+LINE_BYTES = 128  # of memory and of the link
+SECTOR_BYTES = 32  # what memory writes at least
+WORD_BYTES = 8  # value and epoch
+MARK_BYTES = 4
+ARRIVED_SHARE = 64  # one part in so many of a window holds arrival marks, whatever the tokens will be
+
+
+def align(value: int, alignment: int) -> int:
+    """The smallest multiple of ``alignment`` that is not below ``value``."""
+    return -(-value // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class Region:
+    """One region of the window: its name, offset and size in bytes, and what it is for."""
+
+    name: str
+    offset: int
+    num_bytes: int
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What travels for one token, in bytes: a row (a multiple of 16), then its tail (of 32). It fills whole lines."""
+
+    row_bytes: int
+    tail_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return align(self.row_bytes + self.tail_bytes, LINE_BYTES)
+
+    @staticmethod
+    def of_dispatch(row_bytes: int, num_topk: int) -> Record:
+        """Row; token number; expert, position and weight of each selection."""
+        return Record(row_bytes, align(16 + 12 * num_topk, SECTOR_BYTES))
+
+    @staticmethod
+    def of_combine(row_bytes: int, num_topk: int) -> Record:
+        """Row; weight of each selection."""
+        return Record(row_bytes, align(4 * num_topk, SECTOR_BYTES))
+
+
+@dataclass(frozen=True)
+class WindowLayout:
+    """The regions of a window of ``num_bytes`` that ``num_ranks`` ranks share.
+
+    Depends on nothing else, so every call of a buffer finds marks and words where earlier calls left them.
+    """
+
+    num_ranks: int
+    num_bytes: int
+    regions: tuple[Region, ...]
+
+    def __getitem__(self, name: str) -> Region:
+        return next(region for region in self.regions if region.name == name)
+
+    @property
+    def slots_per_source(self) -> int:
+        """Arrival marks that each source has: an upper limit of num_max_tokens_per_rank."""
+        return self["arrived"].num_bytes // (MARK_BYTES * self.num_ranks)
+
+    def fits(self, num_max_tokens: int, record: Record) -> bool:
+        rows = (self.num_ranks - 1) * num_max_tokens * record.num_bytes
+        return num_max_tokens <= self.slots_per_source and rows <= self["rows"].num_bytes
+
+
+def message_words(num_ranks: int) -> int:
+    """8-byte words of what a source tells a peer: tokens, blocks, a start for each block, a count for each expert."""
+    return 2 + MAX_BLOCKS + MAX_EXPERTS // num_ranks
+
+
+def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
+    """Divide a window.
+
+    Raises:
+        ValueError: it is too small, or not a multiple of 2 MiB.
+    """
+    if num_bytes % WINDOW_ALIGNMENT or num_bytes <= 0:
+        raise ValueError(
+            f"num_bytes must be a positive multiple of 2 MiB ({WINDOW_ALIGNMENT}), but it is {num_bytes}; "
+            "ElasticBuffer.get_buffer_size_hint gives one that fits"
+        )
+    sizes = [
+        ("control", CONTROL_BYTES, "epoch of the last operation, and who has read what"),
+        ("partials", MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS) * WORD_BYTES, "what each block of this rank counted"),
+        ("messages", num_ranks * message_words(num_ranks) * WORD_BYTES, "what each source will send"),
+        ("arrived", num_bytes // ARRIVED_SHARE, "a mark for each token that has come"),
+    ]
+    regions, offset = [], 0
+    for name, size, purpose in sizes:
+        regions.append(Region(name, offset, size, purpose))
+        offset = align(offset + size, REGION_ALIGNMENT)
+    if offset > num_bytes:
+        raise ValueError(
+            f"num_bytes must be at least {align(offset, WINDOW_ALIGNMENT)} for {num_ranks} ranks, but it is "
+            f"{num_bytes}; ElasticBuffer.get_buffer_size_hint gives one that fits"
+        )
+    regions.append(Region("rows", offset, num_bytes - offset, "tokens that have come from the peers"))
+    return WindowLayout(num_ranks, num_bytes, tuple(regions))
+
+
+def window_bytes(num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int) -> int:
+    """The smallest window, in bytes, for bfloat16 dispatches and combines of these sizes.
+
+    Args:
+        num_topk: selections of a token; 0 stands for "unknown", the largest.
+    """
+    record = Record.of_dispatch(align(2 * hidden, 16), num_topk or MAX_TOPK)
+    fixed = sum(
+        align(size, REGION_ALIGNMENT)
+        for size in (
+            CONTROL_BYTES,
+            MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS) * WORD_BYTES,
+            num_ranks * message_words(num_ranks) * WORD_BYTES,
+        )
+    )
+    rows = (num_ranks - 1) * num_max_tokens * record.num_bytes + 2 * REGION_ALIGNMENT
+    by_rows = -(-(fixed + rows) * ARRIVED_SHARE // (ARRIVED_SHARE - 1))
+    by_marks = num_max_tokens * num_ranks * MARK_BYTES * ARRIVED_SHARE
+    return align(max(by_rows, by_marks, WINDOW_ALIGNMENT), WINDOW_ALIGNMENT)

@@ -1,0 +1,67 @@
+"""The dispatch kernel: config fields, argument fields. Behaviour: include/deep_ep/kernels/dispatch.cuh."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import astuple, dataclass
+
+from deep_ep.jit import Kernel
+from deep_ep.ops.arguments import LAUNCH_FIELDS, Patience, RecordShape, Routing, Rows, Window
+from deep_ep.plan import Roles
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    num_send_warps: int
+    num_send_stages: int
+    num_send_storing: int
+    num_receive_warps: int
+    num_receive_stages: int
+    num_receive_storing: int
+
+
+class Received(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("topk_idx", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("metadata", ctypes.c_void_p),
+        ("rows", ctypes.c_int32),
+    ]
+
+
+class Counts(ctypes.Structure):
+    _fields_ = [
+        ("per_rank", ctypes.c_void_p),
+        ("per_expert_aligned", ctypes.c_void_p),
+        ("per_expert", ctypes.c_void_p),
+    ]
+
+
+class Places(ctypes.Structure):
+    _fields_ = [("slots", ctypes.c_void_p), ("positions", ctypes.c_void_p)]
+
+
+class DispatchArgs(ctypes.Structure):
+    _fields_ = [
+        ("window", Window),
+        ("patience", Patience),
+        ("routing", Routing),
+        ("record", RecordShape),
+        ("rows", Rows),
+        ("weights", ctypes.c_void_p),
+        ("sent", Places),
+        ("kept", Places),
+        ("received", Received),
+        ("counts", Counts),
+        ("host_words", ctypes.c_void_p),
+        ("alignment", ctypes.c_int32),
+        *LAUNCH_FIELDS,
+    ]
+
+
+def dispatch_kernel(roles: Roles) -> Kernel:
+    """One kernel for all sizes; a launch's ``num_send_blocks`` says what it does."""
+    config = DispatchConfig(*astuple(roles.send), *astuple(roles.receive))
+    return Kernel("dispatch", config, DispatchArgs, roles.num_threads)

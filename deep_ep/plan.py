@@ -1,0 +1,157 @@
+"""From shapes to launches: how many SMs, which warps do what, how rows are cut into pieces. Pure and cheap.
+
+docs/protocol.md derives the numbers; docs/performance.md holds what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deep_ep.layout import MAX_BLOCKS, MAX_RANKS, Record, align
+
+TICKET_BYTES = 32 + 4 * MAX_RANKS  # what a ring remembers of a piece (include/deep_ep/phases/ring.cuh)
+MBARRIER_BYTES = 8
+PIECE_ALIGNMENT = 128  # bytes; whole lines of memory and of the link
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Warps of a block that do one thing, each with a ring of stages of which some may be storing while others load."""
+
+    num_warps: int
+    num_stages: int
+    num_storing: int
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What a kernel is compiled for, and how its launches divide their blocks."""
+
+    send: Crew
+    receive: Crew
+    send_share: float
+    """Of a launch's blocks, the part that sends."""
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * max(self.send.num_warps, self.receive.num_warps)
+
+    def num_send_blocks(self, num_blocks: int) -> int:
+        """At least one block sends and one receives."""
+        return min(max(1, round(num_blocks * self.send_share)), num_blocks - 1)
+
+
+@dataclass(frozen=True)
+class RolesOfMachine:
+    """The roles of every launch on one kind of machine."""
+
+    dispatch: Roles
+    combine: Roles
+
+
+# A GPU hides latency with many warps and large pieces; the simulator pays for each thread.
+ROLES = {
+    "cuda": RolesOfMachine(
+        dispatch=Roles(send=Crew(10, 3, 1), receive=Crew(20, 3, 1), send_share=0.375),
+        combine=Roles(send=Crew(7, 4, 2), receive=Crew(24, 2, 1), send_share=0.333),
+    ),
+    "simulated": RolesOfMachine(
+        dispatch=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
+        combine=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
+    ),
+}
+
+
+def tables_bytes(num_experts: int, num_ranks: int) -> int:
+    """Bytes of a dispatch block's tables, as Tables::bytes in include/deep_ep/phases/tables.cuh."""
+    words = 4 + 3 * num_experts + 3 * MAX_RANKS + 4 + num_ranks * (MAX_BLOCKS + 1)
+    return align(4 * words, 128)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How one crew cuts its rows, in bytes."""
+
+    piece_bytes: int
+    stage_bytes: int
+    rings_bytes: int
+    """Of all the crew's rings."""
+
+
+def cut(row_bytes: int, limit: int) -> int:
+    """The size of the equal pieces that make a row, none above ``limit`` bytes (the last one may be smaller)."""
+    pieces = -(-row_bytes // limit)
+    return align(-(-row_bytes // pieces), PIECE_ALIGNMENT)
+
+
+def ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int, parts: int = 1) -> Ring:
+    """Cut rows so that the crew's rings fit.
+
+    Args:
+        memory: bytes of shared memory that the rings may take.
+        tail_bytes: what a stage holds beside the last piece.
+        parts: pieces that a stage holds.
+
+    Raises:
+        ValueError: not even small stages fit.
+    """
+    stages = crew.num_warps * crew.num_stages
+    largest = (memory - PIECE_ALIGNMENT) // stages - TICKET_BYTES - MBARRIER_BYTES
+    limit = (largest - largest % PIECE_ALIGNMENT - align(tail_bytes, PIECE_ALIGNMENT)) // parts
+    limit -= limit % PIECE_ALIGNMENT
+    if limit <= 0:
+        raise ValueError(f"{memory} bytes of shared memory do not hold {stages} stages of {parts} parts")
+    piece = cut(row_bytes, limit)
+    stage = align(piece * parts + tail_bytes, PIECE_ALIGNMENT)
+    return Ring(piece, stage, align(stages * (stage + TICKET_BYTES + MBARRIER_BYTES), PIECE_ALIGNMENT))
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """Shared memory of a launch, in bytes: tables first, then the rings of the block's crew."""
+
+    send: Ring
+    receive: Ring
+    tables_bytes: int
+    shared_bytes: int
+
+
+def plan_dispatch(roles: Roles, record: Record, num_experts: int, num_ranks: int, shared_limit: int) -> LaunchPlan:
+    """The plan of a dispatch launch on a machine whose blocks have ``shared_limit`` bytes."""
+    tables = tables_bytes(num_experts, num_ranks)
+    send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
+    receive = ring(roles.receive, shared_limit - tables, record.row_bytes, record.tail_bytes)
+    # Before the rings are used, their memory holds what each warp counts (WarpCounts in phases/place.cuh).
+    counts = 4 * (roles.num_threads // 32) * (num_experts + MAX_RANKS + 32 * MAX_RANKS)
+    return LaunchPlan(send, receive, tables, tables + max(send.rings_bytes, receive.rings_bytes, counts))
+
+
+def plan_combine(roles: Roles, record: Record, max_parts: int, shared_limit: int) -> LaunchPlan:
+    """The plan of a combine launch. ``max_parts``: rows that one token's sum may have, biases included."""
+    tables = 128
+    send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
+    receive = ring(roles.receive, shared_limit - tables, record.row_bytes, 0, max_parts)
+    return LaunchPlan(send, receive, tables, tables + max(send.rings_bytes, receive.rings_bytes))
+
+
+NVLINK_GBS = 365  # what kernels reach from one H200 to another, in one direction (docs/performance.md)
+SM_WRITE_GBS = 50  # what one SM writes while it also reads
+
+
+def theoretical_num_sms(num_ranks: int, nvlink_gbs: float = NVLINK_GBS, sm_write_gbs: float = SM_WRITE_GBS) -> int:
+    """SMs that keep the link full: what they write for each byte on the link, over what one SM writes.
+
+    With R ranks of one NVLink domain and experts drawn evenly, a byte that leaves a rank is written once to the peer
+    and, there, once more to its final row; and of what a rank's tokens need, one part in R - 1 of that goes to the rank
+    itself. So SMs write 2 + 1 / (R - 1) bytes for each byte on the link, in dispatch and in combine at most that.
+
+    Args:
+        num_ranks: of the NVLink domain.
+        nvlink_gbs: of one GPU in one direction, in GB/s.
+        sm_write_gbs: what one SM writes while it also reads, in GB/s.
+
+    Returns:
+        an even number, at least 4.
+    """
+    writes = 2 + 1 / (num_ranks - 1) if num_ranks > 1 else 1
+    return max(4, align(-(-int(nvlink_gbs * writes) // max(1, int(sm_write_gbs))), 2))

@@ -1,0 +1,160 @@
+"""What a call may look like.
+
+Every check is made before anything is launched, and every message names the argument, what was expected, what came and
+what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from deep_ep.event import EventHandle, EventOverlap, Timing
+from deep_ep.layout import MAX_EXPERTS, MAX_TOPK
+
+# Fixed at import; a malformed value is reported when a buffer is built.
+topk_idx_t = torch.int32 if os.environ.get("EP_NUM_TOPK_IDX_BITS", "").strip() == "32" else torch.int64
+
+
+def is_tensor(name: str, value: Any, dims: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of this dtype, on this device, with as many dimensions as ``dims`` has letters ("TH")."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor [{', '.join(dims)}] of {dtype}, but it is a {type(value).__name__}"
+        )
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, but it is {value.dtype}; convert it with .to({dtype})")
+    if value.dim() != len(dims):
+        raise ValueError(f"{name} must be [{', '.join(dims)}], but its shape is {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, where this buffer's kernels run, but it is on {value.device}")
+    return value
+
+
+def has_rows(name: str, value: torch.Tensor, rows: int, why: str) -> None:
+    """Its first dimension is ``rows``."""
+    if value.shape[0] != rows:
+        raise ValueError(f"{name} has {value.shape[0]} rows but {why}")
+
+
+def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
+    """Rows that bulk copies can take: contiguous, and sizes, strides and address multiples of 16 bytes."""
+    size = value.element_size()
+    if value.shape[1] == 0 or value.shape[1] * size % 16:
+        raise ValueError(
+            f"{name} has rows of {value.shape[1]} x {size} bytes; a row must be a positive multiple of 16 bytes: "
+            f"pad the hidden size to a multiple of {16 // size}"
+        )
+    if value.shape[0] == 0:
+        return value
+    if value.stride(1) != 1:
+        raise ValueError(f"{name} must have contiguous rows, but its strides are {value.stride()}; call .contiguous()")
+    if value.shape[0] > 1 and (value.stride(0) * size % 16 or value.stride(0) < value.shape[1]):
+        raise ValueError(
+            f"{name} has a row stride of {value.stride(0)} x {size} bytes; it must be a multiple of 16 bytes and no "
+            "less than a row: call .contiguous()"
+        )
+    if value.data_ptr() % 16:
+        raise ValueError(f"{name} starts at an address that is no multiple of 16 bytes; call .clone()")
+    return value
+
+
+def is_count(name: str, value: Any, low: int, high: int | None = None, advice: str = "") -> int:
+    """A whole number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, but it is a {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {bounds}, but it is {value}{'; ' + advice if advice else ''}")
+    return value
+
+
+def is_expert_count(value: Any, num_ranks: int) -> int:
+    if value is None:
+        raise ValueError("num_experts must be given unless a handle is; pass the number of all ranks' experts together")
+    is_count("num_experts", value, 1, MAX_EXPERTS)
+    if value % num_ranks:
+        raise ValueError(
+            f"num_experts must be a multiple of the group's {num_ranks} ranks, but it is {value}; pad the experts to "
+            f"{-(-value // num_ranks) * num_ranks}"
+        )
+    return int(value)
+
+
+def is_topk_idx(value: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if value is None:
+        raise ValueError("topk_idx must be given unless a handle is; pass one row of expert ids per token")
+    topk_idx = is_tensor("topk_idx", value, "TK", dtype, device)
+    has_rows("topk_idx", topk_idx, num_tokens, f"x has {num_tokens}; pass one row of expert ids per token")
+    if not 1 <= topk_idx.shape[1] <= MAX_TOPK:
+        shape = list(topk_idx.shape)
+        raise ValueError(f"topk_idx must have 1 to {MAX_TOPK} selections a token, but its shape is {shape}")
+    return topk_idx.contiguous()
+
+
+def is_weights(value: Any, name: str, rows: int, num_topk: int, device: torch.device) -> torch.Tensor | None:
+    if value is None:
+        return None
+    weights = is_tensor(name, value, "TK", torch.float32, device)
+    if tuple(weights.shape) != (rows, num_topk):
+        shape = list(weights.shape)
+        raise ValueError(f"{name} must be [{rows}, {num_topk}], one weight a selection, but its shape is {shape}")
+    return weights.contiguous()
+
+
+def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
+    """Look at every index (this waits for the device): in range, and no expert twice in a token.
+
+    Raises:
+        ValueError: naming token and selection.
+    """
+    outside = ((topk_idx < -1) | (topk_idx >= num_experts)).nonzero()
+    if len(outside):
+        token, k = outside[0].tolist()
+        raise ValueError(
+            f"topk_idx[{token}, {k}] is {int(topk_idx[token, k])}, and {len(outside)} entries in all are outside -1 to "
+            f"{num_experts - 1}; use -1 for no expert"
+        )
+    ordered, where = topk_idx.sort(dim=1, stable=True)
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).nonzero()
+    if len(twice):
+        token, place = twice[0].tolist()
+        first, second = sorted(where[token, place : place + 2].tolist())
+        raise ValueError(
+            f"topk_idx[{token}, {first}] and topk_idx[{token}, {second}] are both expert {int(ordered[token, place])}; "
+            "a token selects each expert at most once: use -1 for the second"
+        )
+
+
+def biases(value: Any, num_tokens: int, hidden: int, device: torch.device) -> list[torch.Tensor]:
+    """None, one or two [T, H] bfloat16 tensors, as a list."""
+    if value is None:
+        return []
+    pair: Sequence[Any] = value if isinstance(value, (tuple, list)) else (value,)
+    if not 1 <= len(pair) <= 2:
+        raise ValueError(f"bias must be one tensor or a pair, but it has {len(pair)} elements")
+    for bias in pair:
+        is_tensor("bias", bias, "TH", torch.bfloat16, device)
+        if tuple(bias.shape) != (num_tokens, hidden):
+            raise ValueError(f"bias must be [{num_tokens}, {hidden}], but its shape is {list(bias.shape)}")
+        is_row_matrix("bias", bias)
+    return list(pair)
+
+
+def is_timing(timing: Timing) -> None:
+    is_event("previous_event", timing.previous_event)
+    is_event("previous_event_before_epilogue", timing.previous_event_before_epilogue)
+
+
+def is_event(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (EventOverlap, EventHandle)):
+        raise TypeError(f"{name} must be an EventOverlap, an EventHandle or None, but it is a {type(value).__name__}")
+
+
+def is_there(feature: str, is_used: bool) -> None:
+    """Raise for what this version does not do yet, rather than ignore it."""
+    if is_used:
+        raise NotImplementedError(f"{feature} is not there yet in this version of deep_ep; see README.md for what is")

@@ -1,0 +1,139 @@
+"""What dispatch and combine must return, computed for all ranks at once in plain numpy and torch.
+
+Shares no code with deep_ep: it is written from the interface's text alone, one token at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Inputs:
+    """One rank's arguments of a round trip."""
+
+    x: torch.Tensor  # [T, H] bfloat16
+    topk_idx: torch.Tensor  # [T, K] int64
+    weights: torch.Tensor  # [T, K] float32
+
+
+@dataclass
+class Dispatched:
+    """What one rank receives."""
+
+    x: torch.Tensor
+    topk_idx: torch.Tensor
+    weights: torch.Tensor
+    metadata: torch.Tensor
+    per_rank: list[int]
+    per_expert_aligned: list[int]
+    per_expert: list[int]
+    aligned_list: list[int]
+    tokens: list[tuple[int, int]]  # (source, token) of each row
+
+
+def draw(
+    seed: int, num_ranks: int, tokens: list[int], hidden: int, num_topk: int, num_experts: int, kind: str = "random"
+) -> list[Inputs]:
+    """Inputs of every rank. ``kind``: random, skewed (all to the last rank), masked (no expert), holes (many -1)."""
+    generator = np.random.default_rng(seed)
+    local = num_experts // num_ranks
+    result = []
+    for num_tokens in tokens:
+        x = generator.standard_normal((num_tokens, hidden)).astype(np.float32)
+        idx = np.full((num_tokens, num_topk), -1, dtype=np.int64)
+        for token in range(num_tokens):
+            low = num_experts - local if kind == "skewed" else 0
+            choices = generator.permutation(np.arange(low, num_experts))[:num_topk]
+            idx[token, : len(choices)] = choices
+            generator.shuffle(idx[token])
+        if kind == "masked":
+            idx[:] = -1
+        if kind == "holes":
+            idx[generator.random(idx.shape) < 0.4] = -1
+        weights = generator.random((num_tokens, num_topk)).astype(np.float32)
+        result.append(Inputs(torch.from_numpy(x).bfloat16(), torch.from_numpy(idx), torch.from_numpy(weights)))
+    return result
+
+
+def dispatch(inputs: list[Inputs], rank: int, num_experts: int, max_tokens: int, alignment: int) -> Dispatched:
+    """What ``rank`` receives: rows ordered by (source rank, token)."""
+    num_ranks = len(inputs)
+    local = num_experts // num_ranks
+    num_topk = inputs[0].topk_idx.shape[1]
+    mine = range(rank * local, (rank + 1) * local)
+
+    tokens = [
+        (source, token)
+        for source in range(num_ranks)
+        for token, chosen in enumerate(inputs[source].topk_idx.tolist())
+        if any(expert in mine for expert in chosen)
+    ]
+    per_rank, per_expert = [0] * num_ranks, [0] * local
+    for source, token in tokens:
+        per_rank[source] += 1
+        for expert in inputs[source].topk_idx[token].tolist():
+            if expert in mine:
+                per_expert[expert - rank * local] += 1
+    aligned = [(count + alignment - 1) // alignment * alignment for count in per_expert]
+    next_row = [sum(aligned[:expert]) for expert in range(local)]
+
+    idx = torch.full((len(tokens), num_topk), -1, dtype=torch.int64)
+    metadata = torch.full((len(tokens), num_topk + 2), -1, dtype=torch.int32)
+    for row, (source, token) in enumerate(tokens):
+        metadata[row, 0] = source * max_tokens + token
+        for k, expert in enumerate(inputs[source].topk_idx[token].tolist()):
+            if expert in mine:
+                here = expert - rank * local
+                idx[row, k] = here
+                metadata[row, 1] = source * num_topk + k
+                metadata[row, 2 + k] = next_row[here]
+                next_row[here] += 1
+    hidden = inputs[0].x.shape[1]
+    x = torch.stack([inputs[s].x[t] for s, t in tokens]) if tokens else torch.empty(0, hidden, dtype=torch.bfloat16)
+    weights = torch.stack([inputs[s].weights[t] for s, t in tokens]) if tokens else torch.empty(0, num_topk)
+    return Dispatched(
+        x=x,
+        topk_idx=idx,
+        weights=weights,
+        metadata=metadata,
+        per_rank=np.cumsum(per_rank).tolist(),
+        per_expert_aligned=np.cumsum(aligned).tolist(),
+        per_expert=per_expert,
+        aligned_list=aligned,
+        tokens=tokens,
+    )
+
+
+def combine(
+    inputs: list[Inputs],
+    outputs: list[torch.Tensor],
+    out_weights: list[torch.Tensor],
+    dispatched: list[Dispatched],
+    rank: int,
+    num_experts: int,
+    bias: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``rank`` gets back when rank r passes ``outputs[r]`` (plain rows) and ``out_weights[r]`` to combine."""
+    local = num_experts // len(inputs)
+    own = inputs[rank]
+    hidden, num_topk = outputs[0].shape[1], own.topk_idx.shape[1]
+    row_of = [{place: row for row, place in enumerate(d.tokens)} for d in dispatched]
+    x = torch.zeros(len(own.x), hidden, dtype=torch.bfloat16)
+    weights = torch.zeros(len(own.x), num_topk)
+    for token, chosen in enumerate(own.topk_idx.tolist()):
+        total = np.zeros(hidden, dtype=np.float32)
+        for b in bias:
+            total = total + b[token].float().numpy()
+        last = {}  # rank -> its last selection
+        for k, expert in enumerate(chosen):
+            if expert >= 0:
+                last[expert // local] = k
+                weights[token, k] = out_weights[expert // local][row_of[expert // local][rank, token], k]
+        for at in sorted(last, key=lambda r: last[r]):
+            total = total + outputs[at][row_of[at][rank, token]].float().numpy()
+        x[token] = torch.from_numpy(total).bfloat16()
+    return x, weights

@@ -1,0 +1,264 @@
+"""What calls have in common, on a machine that launches nothing: who may call, what is launched, how waits end."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import deep_ep
+from deep_ep import ElasticBuffer
+from deep_ep.calls import endpoint
+from deep_ep.calls.endpoint import Half, num_send_blocks_of_launches
+from deep_ep.errors import EPError, EPTimeoutError
+from deep_ep.ops.arguments import FaultRecord
+from deep_ep.ops.faults import READABLE
+from deep_ep.plan import Crew, Roles
+
+HIDDEN = 64
+
+
+class FakeMemory:
+    """A window, or words for the host."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.tensor = torch.zeros(num_bytes // 4 if num_bytes < 1 << 16 else 0, dtype=torch.int32)
+        self.address = self.tensor.data_ptr()
+        self.addresses = (0x1000,)
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeMachine:
+    """One rank. ``on_launch`` stands for the kernel."""
+
+    name, device, comm_stream = "simulated", torch.device("cpu"), None
+    num_sms, shared_bytes_per_block = 4, 232448
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, int, int]] = []  # kernel, blocks, of which send
+        self.on_launch: Callable[[], None] = lambda: None
+        self.prepared: list[str] = []
+        self.words: list[FakeMemory] = []
+        self.num_barriers = self.num_closed = 0
+        self.prepare_fails = False
+
+    def prepare(self, kernels: Any) -> None:
+        self.prepared = [kernel.name for kernel in kernels]
+        if self.prepare_fails:
+            raise EPError("does not compile")
+
+    def allocate_window(self, num_bytes: int) -> FakeMemory:
+        self.window = FakeMemory(num_bytes)
+        return self.window
+
+    def host_words(self, count: int) -> FakeMemory:
+        self.words.append(FakeMemory(4 * count))
+        return self.words[-1]
+
+    def launch(self, kernel: Any, args: Any, *, num_blocks: int, **_: Any) -> None:
+        self.launches.append((kernel.name, num_blocks, args.num_send_blocks))
+        self.on_launch()
+
+    def barrier(self) -> None:
+        self.num_barriers += 1
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+    def leave_fault(self, state: int = READABLE) -> None:
+        """What a kernel writes whose wait has timed out."""
+        record = FaultRecord(state=state, phase=3, peer=1, waited_ns=2_000_000_000)
+        ctypes.memmove(self.words[0].address, ctypes.addressof(record), ctypes.sizeof(record))
+
+    def report_counts(self, rows: int, *selections: int) -> None:
+        self.words[1].tensor[: 2 + len(selections)] = torch.tensor([1, rows, *selections])
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMachine]:
+    machine = FakeMachine()
+    monkeypatch.setattr(endpoint, "open_machine", lambda group, environment: machine)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield machine
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def buffer(machine: FakeMachine) -> ElasticBuffer:
+    return build()
+
+
+def build(**settings: Any) -> ElasticBuffer:
+    group = dist.group.WORLD
+    assert group is not None
+    return ElasticBuffer(group, num_max_tokens_per_rank=8, hidden=HIDDEN, num_topk=2, **settings)
+
+
+def dispatch(buffer: ElasticBuffer, **changes: Any) -> deep_ep.EPHandle:
+    idx = torch.zeros(3, 1, dtype=deep_ep.topk_idx_t)
+    x = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
+    return buffer.dispatch(x, topk_idx=idx, num_experts=4, **changes)[3]
+
+
+@pytest.mark.parametrize(
+    ("half", "num_blocks", "expected"),
+    [
+        (Half.SEND, 8, [8]),
+        (Half.RECEIVE, 8, [0]),
+        (Half.BOTH, 8, [3]),
+        (Half.BOTH, 2, [1]),
+        (Half.BOTH, 1, [1, 0]),  # one launch after the other
+        (Half.SEND, 1, [1]),
+    ],
+)
+def test_launches(half: Half, num_blocks: int, expected: list[int]) -> None:
+    roles = Roles(send=Crew(1, 2, 1), receive=Crew(1, 2, 1), send_share=0.4)
+    assert num_send_blocks_of_launches(roles, half, num_blocks) == expected
+
+
+def test_kernels_are_ready_before_the_first_collective_step(machine: FakeMachine, buffer: ElasticBuffer) -> None:
+    assert machine.prepared == ["dispatch", "combine"]
+
+
+def test_a_buffer_that_cannot_be_built_leaves_nothing(machine: FakeMachine) -> None:
+    machine.prepare_fails = True
+    with pytest.raises(EPError, match="does not compile"):
+        build()
+    assert machine.num_closed == 1
+
+
+def test_exact_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
+    """Senders report the counts, the host allocates, receivers fill."""
+    machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
+    handle = dispatch(buffer, num_sms=4, expert_alignment=4)
+    assert machine.launches == [("dispatch", 4, 4), ("dispatch", 4, 0)]
+    assert handle.num_recv_tokens == handle.recv_src_metadata.shape[0] == 3
+    assert handle.num_recv_tokens_per_expert_list == [4, 0, 4, 8]
+    assert handle.num_expanded_tokens == 16
+
+
+def test_worst_case_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
+    handle = dispatch(buffer, num_sms=1, do_cpu_sync=False, num_max_tokens_per_rank=5, expert_alignment=8)
+    assert machine.launches == [("dispatch", 1, 1), ("dispatch", 1, 0)]
+    assert handle.num_recv_tokens == 5
+    assert handle.num_recv_tokens_per_expert_list == []
+    assert handle.num_expanded_tokens == 40  # align(5 * 1 + 7 * 4, 8)
+
+
+def test_handle_keeps_a_copy_unless_told_otherwise(buffer: ElasticBuffer) -> None:
+    x, idx = torch.zeros(1, HIDDEN, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=deep_ep.topk_idx_t)
+    copied = buffer.dispatch(x, topk_idx=idx, num_experts=4, do_cpu_sync=False)[3]
+    kept = buffer.dispatch(x, topk_idx=idx, num_experts=4, do_cpu_sync=False, do_handle_copy=False)[3]
+    assert copied.topk_idx.data_ptr() != idx.data_ptr() == kept.topk_idx.data_ptr()
+
+
+def test_analytic_num_sms(machine: FakeMachine, buffer: ElasticBuffer) -> None:
+    """Not more than there are; combine takes what dispatch took."""
+    assert dispatch(buffer, do_cpu_sync=False).num_sms == 4
+    handle = dispatch(buffer, do_cpu_sync=False, num_sms=2)
+    buffer.combine(torch.zeros(8, HIDDEN, dtype=torch.bfloat16), handle)
+    assert [launch[:2] for launch in machine.launches] == [("dispatch", 4), ("dispatch", 2), ("combine", 2)]
+
+
+def test_counts_that_never_come(buffer: ElasticBuffer, machine: FakeMachine) -> None:
+    impatient = build(num_cpu_timeout_secs=0.01)
+    with pytest.raises(EPTimeoutError, match=r"rank 0 waited 0.01 s for the counts .* num_cpu_timeout_secs"):
+        dispatch(impatient)
+    with pytest.raises(EPError, match="this buffer must be rebuilt on every rank: the counts of a dispatch"):
+        dispatch(impatient)
+
+
+@pytest.mark.parametrize("do_cpu_sync", [False, True])
+def test_a_fault_breaks_the_buffer(buffer: ElasticBuffer, machine: FakeMachine, do_cpu_sync: bool) -> None:
+    """Told at once where the host waits, else by the next call; and no later call is let through."""
+    machine.on_launch = machine.leave_fault
+    if do_cpu_sync:
+        with pytest.raises(EPTimeoutError, match=r"rank 0 waited 2.0 s in collect: for rank 1"):
+            dispatch(buffer)
+    else:
+        dispatch(buffer, do_cpu_sync=False)
+        with pytest.raises(EPTimeoutError, match=r"rank 0 waited 2.0 s in collect: for rank 1"):
+            buffer.get_comm_stream()
+    num_launches = len(machine.launches)
+    for call in (lambda: dispatch(buffer), buffer.barrier, buffer.get_comm_stream):
+        with pytest.raises(EPError, match="must be rebuilt on every rank: an earlier call failed"):
+            call()
+    assert len(machine.launches) == num_launches
+    buffer.destroy()
+    assert machine.num_barriers == 0, "peers may be gone: no step that waits for them"
+    assert machine.window.closed
+
+
+def test_a_launch_that_fails_breaks_the_buffer(buffer: ElasticBuffer, machine: FakeMachine) -> None:
+    def fail() -> None:
+        raise EPError("a rank left the group")
+
+    machine.on_launch = fail
+    with pytest.raises(EPError, match="a rank left the group"):
+        dispatch(buffer)
+    with pytest.raises(EPError, match=r"must be rebuilt on every rank: a launch failed \(a rank left the group\)"):
+        buffer.barrier()
+
+
+def test_destroy_twice(buffer: ElasticBuffer, machine: FakeMachine) -> None:
+    buffer.destroy()
+    buffer.destroy()
+    assert (machine.num_barriers, machine.num_closed, machine.window.closed) == (1, 1, True)
+    with pytest.raises(ValueError, match="this buffer was destroyed; build a new ElasticBuffer"):
+        dispatch(buffer)
+
+
+def test_a_dropped_buffer_talks_to_nobody(machine: FakeMachine) -> None:
+    buffer = build()
+    del buffer
+    gc.collect()
+    assert (machine.num_barriers, machine.num_closed, machine.window.closed) == (0, 1, True)
+
+
+def test_a_broken_promise_is_logged(machine: FakeMachine, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "deep_ep"):
+        buffer = build(explicitly_destroy=True)
+        del buffer
+        gc.collect()
+    assert "dropped without destroy()" in caplog.text
+    assert not machine.window.closed
+
+
+def test_nothing_is_freed_while_a_graph_is_captured(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    buffer = build()
+    machine.name = "cuda"
+    del buffer
+    gc.collect()
+    assert not machine.window.closed
+
+
+def test_memory_report_names_every_byte(buffer: ElasticBuffer) -> None:
+    *regions, whole = buffer.memory_report().splitlines()
+    sizes = [int(line.split()[0].replace(",", "")) for line in regions]
+    assert whole.split()[0] == f"{buffer.num_bytes:,}"
+    assert 0 <= buffer.num_bytes - sum(sizes) < 256 * len(sizes), "all but what aligns the regions"
+
+
+def test_attributes(buffer: ElasticBuffer) -> None:
+    """What frameworks read."""
+    assert (buffer.rank_idx, buffer.num_ranks) == (0, 1)
+    assert (buffer.scaleout_rank_idx, buffer.scaleup_rank_idx) == (0, 0)
+    assert buffer.get_logical_domain_size() == (buffer.num_scaleout_ranks, buffer.num_scaleup_ranks) == (1, 1)
+    assert buffer.get_physical_domain_size() == (buffer.num_rdma_ranks, buffer.num_nvlink_ranks) == (1, 1)
+    assert buffer.num_bytes == ElasticBuffer.get_buffer_size_hint(buffer.group, 8, HIDDEN, 2)
+    assert buffer.num_max_tokens_per_rank == 8
+    for name in ("allow_hybrid_mode", "allow_multiple_reduction", "prefer_overlap_with_compute"):
+        assert getattr(buffer, name) is True
+    assert buffer.deterministic is buffer.explicitly_destroy is False
+    assert buffer.num_allocated_qps == buffer.get_theoretical_num_qps(24) == 0

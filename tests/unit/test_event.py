@@ -1,0 +1,194 @@
+"""Events and the order of calls among streams, with streams that only write down what they are told."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from deep_ep.event import CallOrder, EventHandle, EventOverlap
+
+
+class Log:
+    """What happened, in order: ("comm", "waits for", "compute") and the like."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.current = FakeStream("compute", self)
+        self.capturing = False
+
+
+class FakeStream:
+    def __init__(self, name: str, log: Log) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.lines.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.log.lines.append(f"{self.name} waits for event on {event.stream}")
+
+
+class FakeEvent:
+    stream = "nothing"
+
+    def record(self, stream: FakeStream) -> None:
+        self.stream = stream.name
+
+
+class FakeTensor:
+    """A tensor that notes who keeps it alive."""
+
+    def __init__(self) -> None:
+        self.streams: list[str] = []
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.streams.append(stream.name)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Log:
+    log = Log()
+
+    @contextlib.contextmanager
+    def within(stream: FakeStream) -> Iterator[None]:
+        log.lines.append(f"enter {stream.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: log.current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: log.capturing)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    return log
+
+
+def order_of(log: Log, *, previous: Any = None, asynchronous: bool = False, keep: bool = False) -> CallOrder:
+    comm: Any = FakeStream("comm", log)
+    return CallOrder(comm, previous, asynchronous, keep)
+
+
+# Without a GPU
+
+
+def test_inert_without_a_gpu() -> None:
+    event = EventHandle.inert()
+    assert event.event is None
+    event.current_stream_wait()
+    EventOverlap().current_stream_wait()
+    order = CallOrder(None, EventOverlap(), asynchronous=True, keep_in_event=False)
+    order.begin(None)
+    order.wait_for(EventOverlap(event))
+    with order.allocation(True):
+        pass
+    assert order.stream is None
+    assert order.end([torch.zeros(1), None]).event is not None, "an asynchronous call always leaves an event"
+
+
+def test_a_synchronous_call_leaves_no_event() -> None:
+    """SGLang tests ``event.event is None``."""
+    assert CallOrder(None, None, asynchronous=False, keep_in_event=False).end([]).event is None
+
+
+def test_hooks_run_once_after_the_wait() -> None:
+    calls: list[str] = []
+    overlap = EventOverlap(EventHandle.inert())
+    overlap.register_hook_after_wait(lambda: calls.append("first"))
+    overlap.register_hook_after_wait(lambda: calls.append("second"))
+    assert calls == []
+    overlap.current_stream_wait()
+    overlap.current_stream_wait()
+    assert calls == ["first", "second"]
+
+
+def test_context_manager_waits_on_exit(log: Log) -> None:
+    with EventOverlap(EventHandle()) as overlap:
+        assert log.lines == []
+        assert isinstance(overlap, EventOverlap)
+    assert log.lines == ["compute waits for event on compute"]
+
+
+def test_call_waits_and_may_release(log: Log) -> None:
+    tensors = [torch.zeros(1)]
+    overlap = EventOverlap(EventHandle(), tensors)
+    overlap()
+    assert overlap.event is not None
+    assert overlap.extra_tensors is tensors
+    overlap(release_handle=True)
+    assert overlap.event is None
+    assert overlap.extra_tensors is None
+    assert log.lines == ["compute waits for event on compute"] * 2
+
+
+# The order of a call
+
+
+def test_plain_call_runs_on_the_current_stream(log: Log) -> None:
+    order = order_of(log)
+    order.begin(None)
+    assert order.stream is not None
+    assert order.stream.name == "compute"  # type: ignore[attr-defined]
+    assert order.end([]).event is None
+    assert log.lines == [], "no hand-over"
+
+
+def test_asynchronous_call_leaves_the_current_stream_alone(log: Log) -> None:
+    order = order_of(log, asynchronous=True)
+    order.begin(None)
+    assert log.lines == ["comm waits for compute"]
+    event = order.end([])
+    assert log.lines == ["comm waits for compute"]
+    event.current_stream_wait()
+    assert log.lines[1:] == ["compute waits for event on comm"]
+
+
+def test_previous_event_stands_for_the_current_stream(log: Log) -> None:
+    order = order_of(log, previous=EventHandle())
+    order.begin(None)
+    assert log.lines == ["comm waits for event on compute"]
+    order.end([])
+    assert log.lines[1:] == ["compute waits for comm"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_previous_event_that_is_empty(log: Log, asynchronous: bool) -> None:
+    """A synchronous call's EventOverlap holds no event: there is nothing to wait for, and nothing breaks."""
+    order_of(log, previous=EventOverlap(), asynchronous=asynchronous).begin(None)
+    assert log.lines == []
+
+
+def test_one_call_after_the_other(log: Log) -> None:
+    """Two calls of a buffer never overlap, whatever their streams."""
+    last: Any = FakeStream("elsewhere", log)
+    order_of(log).begin(last)
+    assert log.lines == ["compute waits for elsewhere"]
+    order = order_of(log)
+    order.begin(order.stream)
+    assert len(log.lines) == 1, "the same stream is in order by itself"
+    log.capturing = True
+    order_of(log).begin(last)
+    assert len(log.lines) == 1, "a graph cannot wait for a stream outside of it"
+
+
+def test_where_outputs_are_allocated(log: Log) -> None:
+    for asynchronous, on_comm in ((False, False), (False, True), (True, False)):
+        with order_of(log, asynchronous=asynchronous).allocation(on_comm):
+            pass
+    assert log.lines == []
+    with order_of(log, asynchronous=True).allocation(True):
+        assert log.lines == ["enter comm"]
+
+
+def test_tensors_live_until_the_call_has_read_them(log: Log) -> None:
+    tensor: Any = FakeTensor()
+    event = order_of(log, asynchronous=True).end([tensor, None])
+    assert tensor.streams == ["comm"]
+    assert event.extra_tensors is None
+
+    kept: Any = FakeTensor()
+    event = order_of(log, asynchronous=True, keep=True).end([kept, None])
+    assert kept.streams == []
+    assert event.extra_tensors == [kept]

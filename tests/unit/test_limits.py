@@ -1,0 +1,67 @@
+"""Numbers that Python and the headers both hold are the same: limits, and the sizes of what lies in memory."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+from deep_ep import layout, plan
+from deep_ep.errors import EPCompileError
+from deep_ep.jit import Gxx, Nvrtc, Store, Toolchain, build_files
+from deep_ep.ops.arguments import FaultRecord, Window
+from deep_ep.plan import ROLES, Crew
+
+
+def ring_asserts(crew: Crew) -> str:
+    """A ring's size for one stage size, as plan.ring counts it."""
+    stages, stage_bytes = crew.num_warps * crew.num_stages, 1024
+    num_bytes = layout.align(stages * (stage_bytes + plan.TICKET_BYTES + plan.MBARRIER_BYTES), plan.PIECE_ALIGNMENT)
+    ring = f"Ring<{crew.num_stages}, {crew.num_storing}>"
+    return f"static_assert({ring}::bytes({crew.num_warps}, {stage_bytes}) == {num_bytes});"
+
+
+# Experts and ranks.
+TABLES = [(8, 1), (256, 8), (layout.MAX_EXPERTS, layout.MAX_RANKS), (30, 3)]
+ALL_ROLES = [roles for machine in ROLES.values() for roles in (machine.dispatch, machine.combine)]
+CREWS = {crew for roles in ALL_ROLES for crew in (roles.send, roles.receive)}
+SOURCE = f"""
+#include <deep_ep/kernels/combine.cuh>
+#include <deep_ep/kernels/dispatch.cuh>
+
+namespace deep_ep {{
+static_assert(kMaxRanks == {layout.MAX_RANKS});
+static_assert(kMaxTopk == {layout.MAX_TOPK});
+static_assert(kMaxExperts == {layout.MAX_EXPERTS});
+static_assert(kMaxBlocks == {layout.MAX_BLOCKS});
+
+static_assert(sizeof(Control) <= {layout.CONTROL_BYTES});
+static_assert(sizeof(Window) == {ctypes.sizeof(Window)});
+static_assert(message_word::kExperts == {layout.message_words(1) - layout.MAX_EXPERTS});
+static_assert(sizeof(device::FaultRecord) == {ctypes.sizeof(FaultRecord)});
+
+static_assert(sizeof(Ticket) == {plan.TICKET_BYTES});
+static_assert(sizeof(device::Mbarrier) == {plan.MBARRIER_BYTES});
+{chr(10).join(f"static_assert(Tables::bytes({e}, {r}) == {plan.tables_bytes(e, r)});" for e, r in TABLES)}
+{chr(10).join(sorted(map(ring_asserts, CREWS)))}
+}}  // namespace deep_ep
+"""
+
+
+@pytest.mark.parametrize("toolchain", [Gxx(), Nvrtc("sm_90a")], ids=["simulated", "sm_90a"])
+def test_headers_and_python_agree(toolchain: Toolchain, tmp_path: Path) -> None:
+    """The source above compiles; a number that differs is named by the compiler."""
+    build_files("limits", {toolchain.source_name: SOURCE}, toolchain, store=Store(tmp_path))
+
+
+@pytest.mark.parametrize("toolchain", [Gxx(), Nvrtc("sm_90a")], ids=["simulated", "sm_90a"])
+def test_a_difference_is_seen(toolchain: Toolchain, tmp_path: Path) -> None:
+    wrong = SOURCE.replace(f"sizeof(Ticket) == {plan.TICKET_BYTES}", f"sizeof(Ticket) == {plan.TICKET_BYTES + 4}")
+    with pytest.raises(EPCompileError, match="Ticket"):
+        build_files("limits", {toolchain.source_name: wrong}, toolchain, store=Store(tmp_path))
+
+
+def test_control_comes_first() -> None:
+    """Kernels find the control words at the very start of the window, without an offset."""
+    assert layout.window_layout(2, layout.window_bytes(2, 64, 1024, 8))["control"].offset == 0
