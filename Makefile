@@ -22,7 +22,7 @@ lint: tools
 
 # Speed, on a host with GPUs.
 bench: venv
-	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/ep.py
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node gpu -m benchmarks.ep
 
 venv: .venv/ready
 tools: .venv/tools-ready

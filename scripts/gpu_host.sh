@@ -50,8 +50,8 @@ step_elastic2() { ranks 2 -m tests.elastic.worker --machine cuda --seeds "$SEEDS
 step_elastic8() { NCCL_MULTI_RANK_GPU_ENABLE=1 ranks 8 -m tests.elastic.worker --machine cuda --seeds "$SEEDS"; }
 step_example() { ranks 2 examples/moe_layer.py --hidden 1024; }
 step_sanitizer() { sanitize memcheck && sanitize racecheck; }
-step_repeat() { ranks 2 benchmarks/ep.py --repeat 200; }
-step_bench() { ranks 2 benchmarks/ep.py --json "$logs/bench.json"; }
+step_repeat() { ranks 2 -m benchmarks.ep --repeat 200; }
+step_bench() { ranks 2 -m benchmarks.ep --json "$logs/bench.json"; }
 
 limit_of() { # the seconds that a step may take
   case $1 in
