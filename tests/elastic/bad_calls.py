@@ -1,0 +1,322 @@
+"""One rank of a job that makes every mistake we know, and after each one a good call:
+
+EP_BUFFER_DEBUG=1 torchrun --nproc-per-node 2 -m tests.elastic.bad_calls [--machine cuda]
+
+Every rank makes the same mistake. Nothing may be launched then, so no rank waits for another, and the good call that
+follows must be right to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deep_ep import ElasticBuffer, EventOverlap
+from tests.elastic import cases, ranks
+
+NUM_RANKS, TOKENS, HIDDEN, TOPK, EXPERTS, MOST = 2, 6, 64, 3, 8, 32
+GOOD = cases.Case(
+    seed=5,
+    tokens=(TOKENS, 4),
+    hidden=HIDDEN,
+    num_topk=TOPK,
+    num_experts=EXPERTS,
+    kind="holes",
+    alignment=4,
+    do_cpu_sync=True,
+    with_weights=True,
+    num_biases=1,
+    num_sms=2,
+    spare_tokens=2,
+)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong call, and what it must be told."""
+
+    call: Callable[[], Any]
+    change: str
+    kind: type[Exception]
+    text: str
+
+    def complaint(self) -> str | None:
+        """What is wrong with the answer; None if it is as it must be."""
+        try:
+            self.call()
+        except self.kind as error:
+            return None if self.text in str(error) else f"{self.change}: {self.text!r} is not in {str(error)!r}"
+        except Exception as error:
+            return f"{self.change}: {type(error).__name__} ({error}), not {self.kind.__name__}"
+        return f"{self.change}: was accepted"
+
+
+class Table:
+    """Good arguments, and calls that differ from them in one place."""
+
+    def __init__(self, buffer: ElasticBuffer, device: torch.device) -> None:
+        self.buffer, self.device = buffer, device
+        self.x = self.bf16(TOKENS, HIDDEN)
+        self.topk_idx = torch.tensor([[0, 1, 5], [2, -1, 7], [-1, -1, -1], [7, 6, 5], [3, 4, -1], [1, 0, 2]])
+        self.topk_idx = self.topk_idx.to(device)
+        self.weights = torch.rand(TOKENS, TOPK, device=device)
+        self.recv_x, _, self.recv_weights, self.handle, _ = self.dispatch()
+        self.rows = self.recv_x.shape[0]
+
+    def bf16(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
+
+    def dispatch(self, **changes: Any) -> Any:
+        good = {"x": self.x, "topk_idx": self.topk_idx, "topk_weights": self.weights, "num_experts": EXPERTS}
+        return self.buffer.dispatch(**{**good, **changes})
+
+    def combine(self, **changes: Any) -> Any:
+        good = {"x": self.recv_x, "handle": self.handle, "topk_weights": self.recv_weights}
+        return self.buffer.combine(**{**good, **changes})
+
+    def mistake(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
+        """A dispatch."""
+        return Mistake(functools.partial(self.dispatch, **changes), f"dispatch({brief(changes)})", kind, text)
+
+    def combining(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
+        return Mistake(functools.partial(self.combine, **changes), f"combine({brief(changes)})", kind, text)
+
+    def building(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
+        good = {"group": self.buffer.group, "num_max_tokens_per_rank": MOST, "hidden": HIDDEN}
+        return Mistake(lambda: ElasticBuffer(**{**good, **changes}), f"ElasticBuffer({brief(changes)})", kind, text)
+
+
+def brief(changes: dict[str, Any]) -> str:
+    """The changed arguments in a few words."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{list(value.shape)} {value.dtype} on {value.device}, strides {value.stride()}"
+        return repr(value)[:60]
+
+    return ", ".join(f"{name}={show(value)}" for name, value in changes.items())
+
+
+def wrong_x(t: Table) -> Iterator[Mistake]:
+    """The tokens of a dispatch."""
+    yield t.mistake(TypeError, "x must be a torch.Tensor [T, H] of torch.bfloat16, but it is a NoneType", x=None)
+    yield t.mistake(TypeError, "x must be torch.bfloat16, but it is torch.float16", x=t.x.half())
+    yield t.mistake(ValueError, "x must be [T, H], but its shape is [6]", x=t.x[:, 0])
+    yield t.mistake(ValueError, "x must be [T, H], but its shape is [1, 6, 64]", x=t.x[None])
+    yield t.mistake(ValueError, "x has rows of 12 x 2 bytes", x=t.bf16(TOKENS, 12))
+    yield t.mistake(ValueError, "x has rows of 0 x 2 bytes", x=t.bf16(TOKENS, 0))
+    yield t.mistake(ValueError, "x must have contiguous rows, but its strides are (1, 6)", x=t.bf16(HIDDEN, TOKENS).t())
+    yield t.mistake(ValueError, "x has a row stride of 68 x 2 bytes", x=t.bf16(TOKENS, 68)[:, :HIDDEN])
+    yield t.mistake(ValueError, "x has a row stride of 0 x 2 bytes", x=t.bf16(1, HIDDEN).expand(TOKENS, HIDDEN))
+    yield t.mistake(ValueError, "x starts at an address", x=t.bf16(TOKENS, 72)[:, 4:68])
+    yield t.mistake(ValueError, f"x must be on {t.device}", x=t.x.to("meta"))
+    yield t.mistake(ValueError, "num_max_tokens_per_rank 32 with 524288 bytes a token", x=t.bf16(TOKENS, 1 << 18))
+
+
+def wrong_routing(t: Table) -> Iterator[Mistake]:
+    """Selections, weights and counts of experts."""
+    idx, weights = t.topk_idx, t.weights
+    yield t.mistake(ValueError, "topk_idx must be given", topk_idx=None)
+    yield t.mistake(TypeError, "topk_idx must be torch.int64, but it is torch.int32", topk_idx=idx.int())
+    yield t.mistake(TypeError, "topk_idx must be a torch.Tensor [T, K]", topk_idx=idx.tolist())
+    yield t.mistake(ValueError, "topk_idx has 5 rows but x has 6", topk_idx=idx[:5])
+    yield t.mistake(ValueError, "topk_idx must be [T, K], but its shape is [6]", topk_idx=idx[:, 0])
+    yield t.mistake(ValueError, "1 to 32 selections a token, but its shape is [6, 33]", topk_idx=idx.repeat(1, 11))
+    yield t.mistake(ValueError, "1 to 32 selections a token, but its shape is [6, 0]", topk_idx=idx[:, :0])
+    yield t.mistake(ValueError, f"topk_idx must be on {t.device}", topk_idx=idx.to("meta"))
+    yield t.mistake(
+        ValueError, "topk_idx[0, 0] is 8, and 2 entries in all are outside -1 to 7", topk_idx=changed(idx, 8)
+    )
+    yield t.mistake(ValueError, "topk_idx[0, 0] is -2, and 2 entries in all", topk_idx=changed(idx, -2))
+    yield t.mistake(ValueError, "topk_idx[0, 0] and topk_idx[0, 2] are both expert 5", topk_idx=changed(idx, 5))
+    yield t.mistake(
+        TypeError, "topk_weights must be torch.float32, but it is torch.float64", topk_weights=weights.double()
+    )
+    yield t.mistake(ValueError, "topk_weights must be [6, 3]", topk_weights=weights[:, :2])
+    yield t.mistake(ValueError, "topk_weights must be [6, 3]", topk_weights=weights[:4])
+    yield t.mistake(ValueError, f"topk_weights must be on {t.device}", topk_weights=weights.to("meta"))
+    yield t.mistake(ValueError, "num_experts must be given", num_experts=None)
+    yield t.mistake(ValueError, "num_experts must be a multiple of the group's 2 ranks, but it is 7", num_experts=7)
+    yield t.mistake(ValueError, "num_experts must be from 1 to 2048, but it is 0", num_experts=0)
+    yield t.mistake(ValueError, "num_experts must be from 1 to 2048, but it is 4096", num_experts=4096)
+    yield t.mistake(TypeError, "num_experts must be an int, but it is a float", num_experts=8.0)
+
+
+def wrong_sizes(t: Table) -> Iterator[Mistake]:
+    """Numbers and events of a dispatch."""
+    yield t.mistake(ValueError, "x has 6 tokens but num_max_tokens_per_rank is 5", num_max_tokens_per_rank=5)
+    yield t.mistake(ValueError, "x has 33 tokens but num_max_tokens_per_rank is 32", **many(t, MOST + 1))
+    yield t.mistake(ValueError, "num_max_tokens_per_rank must be at least 1, but it is 0", num_max_tokens_per_rank=0)
+    yield t.mistake(TypeError, "num_max_tokens_per_rank must be an int", num_max_tokens_per_rank="6")
+    yield t.mistake(ValueError, "num_max_tokens_per_rank 1000000 with 128 bytes", num_max_tokens_per_rank=1_000_000)
+    yield t.mistake(ValueError, "expert_alignment must be at least 1, but it is 0", expert_alignment=0)
+    yield t.mistake(TypeError, "expert_alignment must be an int, but it is a float", expert_alignment=8.0)
+    yield t.mistake(ValueError, "num_sms must be at least 0, but it is -1", num_sms=-1)
+    yield t.mistake(TypeError, "num_sms must be an int, but it is a str", num_sms="4")
+    for name in ("previous_event", "previous_event_before_epilogue"):
+        text = f"{name} must be an EventOverlap, an EventHandle or None, but it is a str"
+        yield t.mistake(TypeError, text, **{name: "now"})
+        yield t.combining(TypeError, text, **{name: "now"})
+
+
+def not_there_yet(t: Table) -> Iterator[Mistake]:
+    """What this version refuses rather than ignores."""
+    stats = torch.zeros(EXPERTS // NUM_RANKS, dtype=torch.int32, device=t.device)
+    for changes in (
+        {"cumulative_local_expert_recv_stats": stats},
+        {"handle": t.handle},
+        {"do_expand": True},
+        {"do_zero_padding": True},
+        {"use_tma_aligned_col_major_sf": True},
+    ):
+        (name,) = changes
+        yield t.mistake(NotImplementedError, f"{name} is not there yet", **changes)
+    yield t.mistake(NotImplementedError, "x as (x8, sf) is not there yet", x=(t.x, t.x))
+    yield Mistake(functools.partial(combine_expanded, t), "handle.do_expand", NotImplementedError, "do_expand")
+
+
+def wrong_combines(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -> Iterator[Mistake]:
+    """Every argument of combine."""
+    x, weights, rows = t.recv_x, t.recv_weights, t.rows
+    bias = t.bf16(TOKENS, HIDDEN)
+    yield t.combining(TypeError, "x must be a torch.Tensor [T, H] of torch.bfloat16", x=None)
+    yield t.combining(TypeError, "x must be torch.bfloat16, but it is torch.float32", x=x.float())
+    yield t.combining(ValueError, f"x has {rows - 1} rows but the handle's dispatch returned {rows}", x=x[:-1])
+    yield t.combining(ValueError, "x must be [T, H], but its shape is", x=x[None])
+    yield t.combining(ValueError, "x has rows of 12 x 2 bytes", x=t.bf16(rows, 12))
+    yield t.combining(ValueError, "x must have contiguous rows", x=t.bf16(HIDDEN, rows).t())
+    yield t.combining(ValueError, f"x must be on {t.device}", x=x.to("meta"))
+    yield t.combining(ValueError, "num_max_tokens_per_rank 32 with 2097152 bytes a token", x=t.bf16(rows, 1 << 20))
+    yield t.combining(
+        TypeError, "handle must be the EPHandle that dispatch returned, but it is a NoneType", handle=None
+    )
+    yield t.combining(TypeError, "handle must be the EPHandle that dispatch returned, but it is a Tensor", handle=x)
+    alone = of_one_rank.dispatch(t.x, topk_idx=t.topk_idx, num_experts=EXPERTS)[3]
+    yield t.combining(ValueError, "handle belongs to rank 0 of a group of ranks [", handle=alone)
+    many_tokens = many(t, 6)
+    other_x, _, _, other, _ = larger.dispatch(num_experts=EXPERTS, num_max_tokens_per_rank=100_000, **many_tokens)
+    text = "num_max_tokens_per_rank 100000 with 128 bytes a token"
+    yield t.combining(ValueError, text, x=other_x, handle=other, topk_weights=None)
+    yield t.combining(TypeError, "topk_weights must be torch.float32", topk_weights=weights.bfloat16())
+    yield t.combining(ValueError, f"topk_weights must be [{rows}, 3]", topk_weights=weights[:-1])
+    yield t.combining(ValueError, f"topk_weights must be on {t.device}", topk_weights=weights.to("meta"))
+    yield t.combining(ValueError, "bias must be [6, 64], but its shape is [5, 64]", bias=bias[:5])
+    yield t.combining(TypeError, "bias must be torch.bfloat16, but it is torch.float32", bias=bias.float())
+    yield t.combining(ValueError, "bias must be one tensor or a pair, but it has 3 elements", bias=(bias, bias, bias))
+    yield t.combining(TypeError, "bias must be a torch.Tensor [T, H]", bias=(bias, None))
+    yield t.combining(ValueError, f"bias must be on {t.device}", bias=bias.to("meta"))
+    yield t.combining(ValueError, "num_sms must be at least 0, but it is -3", num_sms=-3)
+    yield t.combining(TypeError, "num_sms must be an int, but it is a float", num_sms=2.5)
+
+
+def wrong_buffers(t: Table) -> Iterator[Mistake]:
+    """The constructor; a size hint asks the same questions."""
+    outside = dist.GroupMember.NON_GROUP_MEMBER
+    for group, kind, text in (
+        (None, TypeError, "group must be a torch.distributed.ProcessGroup, but it is a NoneType"),
+        ("gloo", TypeError, "group must be a torch.distributed.ProcessGroup, but it is a str"),
+        (outside, ValueError, "group does not contain this rank"),
+    ):
+        yield t.building(kind, text, group=group)
+        hint = functools.partial(ElasticBuffer.get_buffer_size_hint, group, MOST, HIDDEN)
+        yield Mistake(hint, f"get_buffer_size_hint({group!r})", kind, text)
+    yield t.building(ValueError, "num_max_tokens_per_rank must be at least 1, but it is 0", num_max_tokens_per_rank=0)
+    yield t.building(ValueError, "num_max_tokens_per_rank must be at least 0, but it is -1", num_max_tokens_per_rank=-1)
+    yield t.building(ValueError, "hidden must be at least 1, but it is 0; or pass num_bytes", hidden=0)
+    yield t.building(TypeError, "hidden must be an int, but it is a float", hidden=64.0)
+    yield t.building(ValueError, "num_topk must be from 0 to 32, but it is 33", num_topk=33)
+    yield t.building(ValueError, "num_bytes must be a positive multiple of 2 MiB", num_bytes=(2 << 20) + 1)
+    yield t.building(ValueError, "num_bytes must be at least", num_bytes=2 << 20)
+    yield t.building(TypeError, "num_bytes must be an int, but it is a float", num_bytes=1e9)
+
+
+def wrong_afterlife(t: Table, destroyed: ElasticBuffer) -> Iterator[Mistake]:
+    """A buffer that was destroyed (twice) does nothing more."""
+    text = "this buffer was destroyed; build a new ElasticBuffer"
+    calls: dict[str, Callable[[], Any]] = {
+        "dispatch": lambda: destroyed.dispatch(t.x, topk_idx=t.topk_idx, num_experts=EXPERTS),
+        "combine": lambda: destroyed.combine(t.recv_x, t.handle),
+        "barrier": destroyed.barrier,
+        "get_comm_stream": destroyed.get_comm_stream,
+    }
+    for name, call in calls.items():
+        yield Mistake(call, f"{name} of a destroyed buffer", ValueError, text)
+
+
+def changed(topk_idx: torch.Tensor, expert: int) -> torch.Tensor:
+    """Two tokens select something else first."""
+    topk_idx = topk_idx.clone()
+    topk_idx[0, 0] = topk_idx[3, 0] = expert
+    return topk_idx
+
+
+def many(t: Table, tokens: int) -> dict[str, Any]:
+    """The arguments of a dispatch of so many tokens."""
+    idx = torch.zeros(tokens, TOPK, dtype=torch.int64, device=t.device)
+    idx[:, 1:] = -1
+    return {"x": t.bf16(tokens, HIDDEN), "topk_idx": idx, "topk_weights": None}
+
+
+def combine_expanded(t: Table) -> None:
+    t.handle.do_expand = True
+    try:
+        t.combine()
+    finally:
+        t.handle.do_expand = False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--machine", choices=ranks.MACHINES, default="simulated")
+    group, device = ranks.join(parser.parse_args().machine)
+    every_rank_alone = [dist.new_group([rank]) for rank in range(group.size())]
+    alone = every_rank_alone[group.rank()]
+
+    def build(ranks_of_it: dist.ProcessGroup, tokens: int = MOST) -> ElasticBuffer:
+        return ElasticBuffer(ranks_of_it, num_max_tokens_per_rank=tokens, hidden=HIDDEN)
+
+    buffer, of_one_rank, larger, destroyed = build(group), build(alone), build(group, 100_000), build(group)
+    destroyed.destroy()
+    destroyed.destroy()
+    table = Table(buffer, device)
+    mistakes = [
+        *wrong_x(table),
+        *wrong_routing(table),
+        *wrong_sizes(table),
+        *not_there_yet(table),
+        *wrong_combines(table, of_one_rank, larger),
+        *wrong_buffers(table),
+        *wrong_afterlife(table, destroyed),
+    ]
+    complaints = []
+    for mistake in mistakes:
+        complaint = mistake.complaint()
+        try:
+            cases.run(GOOD, buffer, device)
+        except AssertionError as error:
+            complaint = f"{mistake.change}: the good call after it: {error}"
+        if complaint:
+            complaints.append(f"rank {group.rank()}: {complaint}")
+    # One rank alone makes a mistake, and then the call that its peer has made meanwhile: the peer has only waited.
+    if group.rank() == 1:
+        assert mistakes[0].complaint() is None
+    cases.run(GOOD, buffer, device)
+    # A handle outlives its buffer, and goes with any of the same ranks and sizes.
+    assert isinstance(larger.combine(table.recv_x, table.handle)[2], EventOverlap)
+    print(*complaints, sep="\n")
+    print(f"rank {group.rank()}: {len(mistakes)} mistakes, {len(complaints)} answered wrongly")
+    for each in (buffer, of_one_rank, larger):
+        each.destroy()
+    dist.destroy_process_group()
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

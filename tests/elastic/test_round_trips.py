@@ -1,0 +1,56 @@
+"""Dispatch and combine through the public class on several ranks: what they return is the oracle's, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.elastic.ranks import torchrun
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_ranks", "seeds", "largest"),
+    [(1, "0:20", 24), (2, "100:130", 24), (4, "200:208", 24), (8, "300:303", 12), (16, "400:401", 4)],
+)
+def test_simulated_ranks(
+    num_ranks: int, seeds: str, largest: int, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("seeds", seeds)
+    output = torchrun(num_ranks, "tests.elastic.worker", "--seeds", seeds, "--largest", str(largest)).check()
+    assert f"{num_ranks} simulated ranks: OK" in output
+
+
+def test_indices_of_32_bits() -> None:
+    options = ("--seeds", "500:510", "--largest", "12")
+    torchrun(2, "tests.elastic.worker", *options, EP_NUM_TOPK_IDX_BITS="32").check()
+
+
+@pytest.mark.slow
+def test_ways_of_use() -> None:
+    """Subgroups, several buffers, gaps between rows, streams and events, handles used again (ways.py)."""
+    torchrun(3, "tests.elastic.ways").check()
+
+
+@pytest.mark.gpu
+def test_ways_of_use_on_gpus() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
+    torchrun(2, "tests.elastic.ways", "--machine", "cuda", CUDA_VISIBLE_DEVICES="0,1").check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_ranks", "seeds", "largest"), [(2, "0:40", 200), (8, "100:140", 24)])
+def test_ranks_on_two_gpus(
+    num_ranks: int, seeds: str, largest: int, record_property: Callable[[str, object], None]
+) -> None:
+    """Eight ranks share the two GPUs: slow, and as good a test of correctness as eight GPUs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
+    record_property("seeds", seeds)
+    options = ("--machine", "cuda", "--seeds", seeds, "--largest", str(largest))
+    variables = {"CUDA_VISIBLE_DEVICES": "0,1"} | ({"NCCL_MULTI_RANK_GPU_ENABLE": "1"} if num_ranks > 2 else {})
+    output = torchrun(num_ranks, "tests.elastic.worker", *options, **variables).check()
+    assert f"{num_ranks} cuda ranks: OK" in output

@@ -1,0 +1,191 @@
+"""One rank of a job that uses buffers in every way that frameworks do:
+
+torchrun --nproc-per-node 3 -m tests.elastic.ways [--machine cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import deep_ep
+from deep_ep import ElasticBuffer, EPHandle
+from tests.elastic import cases, ranks
+
+TOKENS, HIDDEN, MOST = 7, 72, 16
+
+
+def build(group: dist.ProcessGroup) -> ElasticBuffer:
+    return ElasticBuffer(group, num_max_tokens_per_rank=MOST, hidden=1024)
+
+
+def draw(seed: int, group: dist.ProcessGroup) -> cases.Case:
+    return cases.Case.draw(seed, group.size(), largest=MOST - 5)
+
+
+def a_subgroup(group: dist.ProcessGroup, device: torch.device) -> None:
+    """All ranks but the first; the first is told that it is no member."""
+    others = dist.new_group(list(range(1, group.size())))
+    if group.rank() == 0:
+        try:
+            build(others)
+        except ValueError as error:
+            assert "group does not contain this rank" in str(error)  # noqa: PT017
+        return
+    buffer = build(others)
+    assert (buffer.rank_idx, buffer.num_ranks) == (group.rank() - 1, group.size() - 1)
+    for seed in (10, 11):
+        cases.run(draw(seed, others), buffer, device)
+    buffer.destroy()
+
+
+def a_given_size(group: dist.ProcessGroup, device: torch.device) -> None:
+    """num_bytes wins over the settings, and stands alone where calls name their tokens themselves."""
+    num_bytes = ElasticBuffer.get_buffer_size_hint(group, 2 * MOST, 1024)
+    for settings in ({"num_max_tokens_per_rank": 1, "hidden": 8}, {}):
+        buffer = ElasticBuffer(group, num_bytes=num_bytes, **settings)
+        assert buffer.num_bytes == num_bytes
+        cases.run(draw(20, group), buffer, device)
+        buffer.destroy()
+
+
+def two_buffers_in_turn(group: dist.ProcessGroup, device: torch.device) -> None:
+    """They do not know of each other, and a handle of one goes with the other."""
+    first, second = build(group), build(group)
+    for seed in (30, 31):
+        cases.run(draw(seed, group), first, device)
+        cases.run(draw(seed, group), second, device)
+    results = dispatch(first, device)
+    same(first.combine(results[0], results[3])[0], second.combine(results[0], results[3])[0])
+    first.destroy()
+    cases.run(draw(32, group), second, device)
+    second.destroy()
+
+
+def a_buffer_that_is_dropped(group: dist.ProcessGroup, device: torch.device) -> None:
+    buffer = build(group)
+    cases.run(draw(40, group), buffer, device)
+    del buffer
+    after = build(group)
+    cases.run(draw(41, group), after, device)
+    after.destroy()
+
+
+def rows_with_gaps(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Views of wider matrices, as x, as rows to combine and as biases."""
+    buffer = build(group)
+    plain = dispatch(buffer, device)
+    gaps = dispatch(buffer, device, x=with_gaps(tokens(buffer, device)))
+    same(plain[0], gaps[0])
+    bias = tokens(buffer, device)
+    expected = buffer.combine(plain[0], plain[3], bias=bias)[0]
+    combined = buffer.combine(with_gaps(plain[0]), plain[3], bias=(with_gaps(bias), torch.zeros_like(bias)))[0]
+    same(combined, expected)
+    buffer.destroy()
+
+
+def beside_the_compute_stream(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Events in all their combinations change when things happen, never what comes out."""
+    buffer = build(group)
+    plain = dispatch(buffer, device)
+    expected = buffer.combine(plain[0], plain[3], topk_weights=plain[2])
+    for allocate in (False, True):
+        for previous in (None, buffer.capture(), plain[4]):
+            timing = {
+                "previous_event": previous,
+                "previous_event_before_epilogue": buffer.capture(),
+                "async_with_compute_stream": True,
+                "allocate_on_comm_stream": allocate,
+            }
+            recv_x, recv_idx, recv_weights, handle, event = dispatch(buffer, device, **timing)
+            assert event.event is not None
+            with event:
+                pass  # leaving waits
+            for got, want in zip((recv_x, recv_idx, recv_weights), plain[:3], strict=True):
+                same(got, want)
+            timing["previous_event"] = buffer.capture()
+            combined, weights, event = buffer.combine(recv_x, handle, topk_weights=recv_weights, **timing)
+            event(release_handle=True)
+            assert event.event is None
+            same(combined, expected[0])
+            same(weights, expected[1])
+    buffer.barrier()
+    buffer.barrier(use_comm_stream=False)
+    buffer.destroy()
+
+
+def a_handle_again_and_again(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Combines of one dispatch do not disturb each other, nor does another dispatch in between."""
+    buffer = build(group)
+    recv_x, _, recv_weights, handle, _ = dispatch(buffer, device, do_handle_copy=False)
+    expected = buffer.combine(recv_x, handle)[0]
+    cases.run(draw(50, group), buffer, device)
+    for num_sms in (1, 2, 3):
+        combined, weights, event = buffer.combine(recv_x, handle, topk_weights=recv_weights, num_sms=num_sms)
+        assert event.event is None
+        same(combined, expected)
+        assert weights is not None
+    buffer.destroy()
+
+
+def tokens(buffer: ElasticBuffer, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(buffer.rank_idx)
+    return torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16().to(device)
+
+
+def dispatch(
+    buffer: ElasticBuffer, device: torch.device, **changes: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, EPHandle, deep_ep.EventOverlap]:
+    """Every rank's tokens to two experts of any rank, one of them missing here and there."""
+    num_experts = 4 * buffer.num_ranks
+    idx = torch.arange(2 * TOKENS, dtype=deep_ep.topk_idx_t).reshape(TOKENS, 2) * 5 % num_experts
+    idx[3, 0] = idx[5, 1] = -1
+    weights = torch.rand(TOKENS, 2, generator=torch.Generator().manual_seed(buffer.rank_idx))
+    good = {"x": tokens(buffer, device), "topk_weights": weights.to(device), "num_experts": num_experts}
+    return buffer.dispatch(topk_idx=idx.to(device), **{**good, **changes})  # type: ignore[return-value]
+
+
+def with_gaps(x: torch.Tensor) -> torch.Tensor:
+    """The same matrix as a view whose rows lie further apart."""
+    wide = torch.full((x.shape[0], x.shape[1] + 40), torch.nan, dtype=x.dtype, device=x.device)
+    wide[:, 16 : 16 + x.shape[1]] = x
+    return wide[:, 16 : 16 + x.shape[1]]
+
+
+def same(got: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+    assert got is not None
+    assert expected is not None
+    cases.same("the result", got, expected.cpu())
+
+
+WAYS: tuple[Callable[[dist.ProcessGroup, torch.device], None], ...] = (
+    a_subgroup,
+    a_given_size,
+    two_buffers_in_turn,
+    a_buffer_that_is_dropped,
+    rows_with_gaps,
+    beside_the_compute_stream,
+    a_handle_again_and_again,
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--machine", choices=ranks.MACHINES, default="simulated")
+    group, device = ranks.join(parser.parse_args().machine)
+    for way in WAYS:
+        way(group, device)
+        dist.barrier()
+        if group.rank() == 0:
+            print(f"{way.__name__}: OK", flush=True)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

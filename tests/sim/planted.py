@@ -1,0 +1,237 @@
+"""Bugs to plant, as patches of the headers, and what must notice them.
+
+Each one is a mistake that was made in such a protocol before: a missing fence, wait, release, acquire or
+synchronisation, a place off by one, a counter that is not reset. All live in a copy of deep_ep/include; the package is
+never touched.
+
+    python -m tests.sim.planted                 plant each, and say what noticed it
+    python -m tests.sim.planted reuse-a-stage   one of them, with the report
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deep_ep import jit
+from deep_ep.jit.toolchain import INCLUDE_DIR
+from deep_ep.machine.world import SimulationError, World
+from tests.elastic import cases
+from tests.sim import swarm
+
+MAX_SEEDS = 8
+NUM_RANKS = 2
+MANY_TOKENS = 24  # a warp announces a batch while later pieces are under way
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A text of one header, and what stands there instead.
+
+    Attributes:
+        noticed_by: a text that the error must hold; which tool is to see it is part of what we know about a bug.
+        times: how often the old text stands there.
+        num_tokens: that a rank sends at least; what shows late needs many.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    noticed_by: str
+    times: int = 1
+    num_tokens: int = 3
+
+
+RACE, DEADLOCK = "data race", "deadlock"
+FENCE_SHARED = "    device::fence_async_proxy_shared();\n"
+FENCE_GLOBAL = "    device::fence_async_proxy_global();\n"
+SYNC_WARP = "    device::sync_warp();\n"
+
+BUGS = (
+    # The copy engine does not see what threads did to a stage: one for each place where it must.
+    Bug("scatter-without-fence", "phases/scatter.cuh", FENCE_SHARED, "", RACE),
+    Bug("push-without-fence", "phases/push_rows.cuh", FENCE_SHARED, "", RACE),
+    Bug("copy-out-without-fence", "phases/copy_out.cuh", FENCE_SHARED, "", RACE),
+    Bug(
+        "reduce-stores-without-fence",
+        "phases/reduce.cuh",
+        f"add_parts<1>(stage.data + at, parts, piece_bytes);\n{FENCE_SHARED}",
+        "add_parts<1>(stage.data + at, parts, piece_bytes);\n",
+        RACE,
+    ),
+    # Nor what was acquired from a peer.
+    Bug("arrivals-without-fence", "phases/copy_out.cuh", FENCE_GLOBAL, "", RACE),
+    Bug("parts-without-fence", "phases/reduce.cuh", FENCE_GLOBAL, "", RACE),
+    Bug("admit-without-fence", "phases/admit.cuh", "device::fence_async_proxy_global();", "", RACE),
+    # Announcements.
+    Bug(
+        "announce-before-stores-are-complete",
+        "phases/announce.cuh",
+        "    if (device::elect()) device::bulk_wait<kStillMoving>();\n",
+        "",
+        RACE,
+        num_tokens=MANY_TOKENS,
+    ),
+    Bug("announce-without-sync", "phases/announce.cuh", SYNC_WARP, "", RACE, num_tokens=MANY_TOKENS),
+    Bug("announce-relaxed", "phases/announce.cuh", "store_release_sys", "store_relaxed_sys", RACE),
+    Bug("arrivals-relaxed", "phases/copy_out.cuh", "load_acquire_sys", "load_relaxed_sys", RACE),
+    Bug("parts-relaxed", "phases/reduce.cuh", "load_acquire_sys", "load_relaxed_sys", RACE),
+    Bug(
+        "announce-the-next-slot",
+        "phases/announce.cuh",
+        "arrived(window_, rank, window_.rank, closed_slot_)",
+        "arrived(window_, rank, window_.rank, closed_slot_ + 1)",
+        DEADLOCK,
+    ),
+    # The ring.
+    Bug("ring-without-mbarrier-wait", "phases/ring.cuh", "device::mbarrier_wait(", "static_cast<void>(", ""),
+    Bug("ring-waits-for-one-parity", "phases/ring.cuh", "drained / kStages & 1", "0", ""),
+    Bug("reuse-a-stage", "phases/ring.cuh", "        device::bulk_wait_read<kStoring>();\n", "", RACE),
+    Bug("ring-without-mbarrier-fence", "phases/ring.cuh", "device::fence_mbarrier_init();", "", "fence_mbarrier_init"),
+    # Synchronisation of warps and blocks.
+    Bug("ring-without-sync", "phases/ring.cuh", SYNC_WARP, "", RACE, times=3),
+    Bug("place-without-sync", "phases/place.cuh", SYNC_WARP, "", RACE, times=4),
+    Bug("dispatch-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n", "", RACE, times=7),
+    Bug("collect-without-sync", "phases/collect.cuh", "  device::sync_block();\n\n", "", RACE),
+    # Places.
+    Bug("stage-at-the-next-slot", "phases/push_rows.cuh", "{.row = slot,", "{.row = slot + 1,", ""),
+    Bug(
+        "next-row", "phases/copy_out.cuh", "row = tables.row_base[source] + item.slot;",
+        "row = tables.row_base[source] + item.slot + 1;", "",
+    ),
+    Bug("count-oneself-twice", "phases/place.cuh", "before + device::popcount(same & device::lanes_below())",
+        "before + device::popcount(same & device::lanes_below()) + 1", "differs"),
+    # From one operation to the next.
+    Bug("enter-unadmitted", "phases/admit.cuh", "seen == epoch ? epoch - 1 : seen;", "epoch - 1 + 0 * seen;", RACE),
+    Bug("admit-relaxed", "phases/admit.cuh", "load_acquire_sys", "load_relaxed_sys", RACE),
+    Bug("drained-relaxed", "phases/retire.cuh", "store_release_sys", "store_relaxed_sys", RACE),
+    Bug("blocks-done-relaxed", "phases/retire.cuh", "fetch_add_acq_rel_gpu", "fetch_add_relaxed_gpu", RACE),
+    Bug("retire-without-sync", "phases/retire.cuh", "  device::sync_block();\n", "", RACE),
+    Bug("same-epoch-again", "phases/retire.cuh", "    device::store_relaxed_gpu(&own.epoch, epoch);\n", "", ""),
+    Bug("blocks-done-not-reset", "phases/retire.cuh", "    device::store_relaxed_gpu(&own.blocks_done, 0u);\n", "", ""),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PatchedGxx(jit.Gxx):
+    """The simulator's compiler with another copy of the headers."""
+
+    include: Path = INCLUDE_DIR
+
+    @property
+    def include_dirs(self) -> tuple[Path, ...]:
+        return (self.include, *self.more_include_dirs)
+
+
+def patched_toolchain(folder: Path, bug: Bug | None) -> PatchedGxx:
+    """Copy the headers and plant a bug.
+
+    Raises:
+        ValueError: the old text does not stand there as often as it should.
+    """
+    include = folder / "deep_ep" / "include"
+    shutil.copytree(INCLUDE_DIR, include)
+    if bug is not None:
+        path = include / "deep_ep" / bug.file
+        text = path.read_text()
+        count = text.count(bug.old)
+        if count != bug.times:
+            raise ValueError(f"{bug.name}: this stands {count} times in {bug.file}, not {bug.times}:\n{bug.old}")
+        path.write_text(text.replace(bug.old, bug.new))
+    return PatchedGxx(race_detector=True, include=include)
+
+
+def draw_story(seed: int, num_tokens: int) -> swarm.Story:
+    """Short, and with everything in it that a bug may need: peers, several blocks, several operations under way."""
+    r = random.Random(seed)
+    drawn = tuple(
+        cases.Case(
+            seed=seed * 8 + idx,
+            tokens=tuple(r.randint(num_tokens, num_tokens + 4) for _ in range(NUM_RANKS)),
+            hidden=8 * r.choice([1, 8, 32]),
+            num_topk=r.choice([2, 3]),
+            num_experts=2 * NUM_RANKS,
+            kind="random",
+            alignment=1,
+            do_cpu_sync=False,
+            with_weights=True,
+            num_biases=idx % 2,
+            num_sms=2 + seed % 2,
+            spare_tokens=0,
+        )
+        for idx in range(2)
+    )
+    return swarm.Story(
+        seed=seed,
+        num_ranks=NUM_RANKS,
+        roles=swarm.ROLES[0],
+        num_sms=(3,) * NUM_RANKS,
+        delays={seed % NUM_RANKS: r.choice([0, 10**4, 10**6])},
+        largest=num_tokens + 4,
+        cases=drawn,
+        num_overlapping=len(drawn),
+    )
+
+
+def find_error(toolchain: jit.Gxx, num_tokens: int) -> tuple[int, str]:
+    """Tell stories until one goes wrong.
+
+    Returns:
+        how many were told, and the error's text, empty if none did.
+    """
+    for seed in range(MAX_SEEDS):
+        with World(race_detector=True, timeout_s=60) as world:
+            try:
+                swarm.tell(draw_story(seed, num_tokens), world, toolchain)
+            except (AssertionError, SimulationError) as error:
+                return seed + 1, str(error)
+    return MAX_SEEDS, ""
+
+
+def plant(bug: Bug | None) -> tuple[int, str]:
+    """find_error with a bug, or with a copy that has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        return find_error(patched_toolchain(Path(folder), bug), bug.num_tokens if bug else MANY_TOKENS)
+
+
+def summary(text: str) -> str:
+    """An error in a line."""
+    if RACE in text:
+        return next((line for line in text.splitlines() if line.startswith("SUMMARY")), RACE)[:180]
+    return text.splitlines()[0][:180] if text else "NOTHING"
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    names = sys.argv[1:]
+    missed = 0
+    for bug in (None, *BUGS):
+        name = "nothing planted" if bug is None else bug.name
+        if names and name not in names:
+            continue
+        start = time.perf_counter()
+        try:
+            seeds, text = plant(bug)
+        except ValueError as error:
+            seeds, text = 0, str(error)
+        ok = (not text) if bug is None else bool(text) and bug.noticed_by in text
+        missed += not ok
+        print(
+            f"{'ok  ' if ok else 'BAD '} {name}: {seeds} seeds, {time.perf_counter() - start:.1f} s: {summary(text)}",
+            flush=True,
+        )
+        if names:
+            print(text)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

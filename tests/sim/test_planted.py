@@ -1,0 +1,36 @@
+"""Each planted bug must be noticed within a few seeds; the unpatched copy must not be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.sim import planted
+
+pytestmark = pytest.mark.race
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("bug", planted.BUGS, ids=lambda bug: bug.name)
+def test_is_noticed(bug: planted.Bug) -> None:
+    num_seeds, error = planted.plant(bug)
+    assert error, f"nothing noticed {bug.name} in {num_seeds} seeds; python -m tests.sim.planted {bug.name}"
+    assert bug.noticed_by in error, error
+
+
+@pytest.mark.parametrize("num_tokens", sorted({bug.num_tokens for bug in planted.BUGS}))
+def test_nothing_is_noticed_where_nothing_is_planted(tmp_path: Path, num_tokens: int) -> None:
+    toolchain = planted.patched_toolchain(tmp_path, None)
+    assert planted.find_error(toolchain, num_tokens) == (planted.MAX_SEEDS, "")
+
+
+def test_a_patch_that_no_longer_fits_is_an_error(tmp_path: Path) -> None:
+    bug = planted.Bug("gone", "phases/ring.cuh", "no such text", "", "")
+    with pytest.raises(ValueError, match=r"gone: this stands 0 times in phases/ring\.cuh, not 1"):
+        planted.patched_toolchain(tmp_path, bug)

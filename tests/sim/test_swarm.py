@@ -1,0 +1,72 @@
+"""Dispatch, combine and round trips under many seeds, held against the oracle bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.sim import swarm
+
+NUM_SEEDS, NUM_RACE_SEEDS = 320, 36
+CHUNK, RACE_CHUNK = 16, 6  # seeds of one test
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    torch.set_num_threads(1)  # the ranks are threads already
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, CHUNK))
+def test_any_schedule(first: int) -> None:
+    """1 to 16 ranks. A failure ends with the command that replays its seed."""
+    for seed in range(first, first + CHUNK):
+        swarm.run_seed(seed, race=False)
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("first", range(0, NUM_RACE_SEEDS, RACE_CHUNK))
+def test_no_races(first: int) -> None:
+    for seed in range(first, first + RACE_CHUNK):
+        swarm.run_seed(seed, race=True)
+
+
+def test_the_draw_covers_what_it_should() -> None:
+    """Whoever changes how stories are drawn learns here what fell out."""
+    stories = [swarm.Story.draw(seed, race=False) for seed in range(NUM_SEEDS)]
+    cases = [case for story in stories for case in story.cases]
+    assert {1, 2, 3, 4, 8, 16} <= {story.num_ranks for story in stories}
+    assert {story.roles for story in stories} == set(swarm.ROLES)
+    assert {"random", "holes", "skewed", "masked"} == {case.kind for case in cases}
+    assert {1, 2, 8, 32} <= {case.num_topk for case in cases}
+    assert {0, 1, 2} == {case.num_biases for case in cases}
+    assert {case.do_cpu_sync for case in cases} == {case.with_weights for case in cases} == {False, True}
+    assert any(max(case.tokens) == 0 for case in cases)
+    assert any(0 in case.tokens and max(case.tokens) > 1 for case in cases)
+    assert any(story.num_overlapping > 2 for story in stories)
+    assert any(len(set(story.num_sms)) > 1 and 1 in story.num_sms for story in stories)
+    assert any(max(story.delays.values(), default=0) > 10**5 for story in stories)
+
+    racing = [swarm.Story.draw(seed, race=True) for seed in range(NUM_RACE_SEEDS)]
+    assert {1, 2, 3} == {story.num_ranks for story in racing}
+    assert {story.roles for story in racing} == set(swarm.ROLES[: swarm.NUM_RACE_ROLES])
+    assert any(story.num_overlapping > 1 for story in racing)
+
+
+def test_a_seed_is_one_story() -> None:
+    """The same draws and the same schedule, whatever ran before: so a replay command replays."""
+    steps = []
+    for _ in range(2):
+        story = swarm.Story.draw(3, race=False)
+        steps.append(swarm.count_steps(story))
+    assert steps[0] == steps[1] > 0
+
+
+def test_a_failure_says_how_to_replay_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("recv_x differs")
+
+    monkeypatch.setattr(swarm, "tell", fail)
+    with pytest.raises(
+        AssertionError, match=r"(?s)recv_x differs.*replay: python -m tests.sim.swarm --seeds 7:8 --race$"
+    ):
+        swarm.run_seed(7, race=True)
