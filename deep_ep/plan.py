@@ -122,8 +122,19 @@ def plan_dispatch(roles: Roles, record: Record, num_experts: int, num_ranks: int
     send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
     receive = ring(roles.receive, shared_limit - tables, record.row_bytes, record.tail_bytes)
     # Before the rings are used, their memory holds what each warp counts (WarpCounts in phases/place.cuh).
-    counts = 4 * (roles.num_threads // 32) * (num_experts + MAX_RANKS + 32 * MAX_RANKS)
+    counts = num_place_warps(roles, num_experts, num_ranks, shared_limit) * warp_counts_bytes(num_experts)
     return LaunchPlan(send, receive, tables, tables + max(send.rings_bytes, receive.rings_bytes, counts))
+
+
+def warp_counts_bytes(num_experts: int) -> int:
+    """Bytes in which one warp counts, as WarpCounts::stride in include/deep_ep/phases/place.cuh."""
+    return 4 * (num_experts + MAX_RANKS + 32 * MAX_RANKS)
+
+
+def num_place_warps(roles: Roles, num_experts: int, num_ranks: int, shared_limit: int) -> int:
+    """Warps of a dispatch block that find tokens' places: all, or as many as have room for their counts."""
+    room = (shared_limit - tables_bytes(num_experts, num_ranks)) // warp_counts_bytes(num_experts)
+    return min(roles.num_threads // 32, room)
 
 
 def plan_combine(roles: Roles, record: Record, max_parts: int, shared_limit: int) -> LaunchPlan:

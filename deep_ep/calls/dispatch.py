@@ -192,6 +192,9 @@ def _arguments(
         sent=Places(slots, positions),
         kept=Places(kept_slots, kept_positions),
         alignment=request.alignment,
+        num_place_warps=plan.num_place_warps(
+            endpoint.roles.dispatch, request.num_experts, endpoint.num_ranks, endpoint.shared_limit
+        ),
     )
     set_launch_fields(args, launch)
     return args

@@ -64,7 +64,7 @@ class Launch:
         num_threads: of a block, as the kernel says itself.
         shared_bytes: of dynamic shared memory a block.
         cluster_blocks: blocks of a cluster.
-        in_order: it starts when the launch before it of the same rank has ended, as in a CUDA stream; otherwise at once.
+        in_order: it starts when the launch before it of the same rank has ended, as in a CUDA stream; else at once.
     """
 
     kernel: Path

@@ -57,6 +57,7 @@ class DispatchArgs(ctypes.Structure):
         ("counts", Counts),
         ("host_words", ctypes.c_void_p),
         ("alignment", ctypes.c_int32),
+        ("num_place_warps", ctypes.c_int32),
         *LAUNCH_FIELDS,
     ]
 

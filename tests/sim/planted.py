@@ -97,6 +97,9 @@ BUGS = (
     Bug("reuse-a-stage", "phases/ring.cuh", "        device::bulk_wait_read<kStoring>();\n", "", RACE),
     Bug("ring-without-mbarrier-fence", "phases/ring.cuh", "device::fence_mbarrier_init();", "", "fence_mbarrier_init"),
     # Synchronisation of warps and blocks.
+    Bug("scatter-without-sync", "phases/scatter.cuh", SYNC_WARP, "", RACE, times=2),
+    Bug("push-without-sync", "phases/push_rows.cuh", SYNC_WARP, "", RACE, times=2),
+    Bug("reduce-without-sync", "phases/reduce.cuh", f"{FENCE_SHARED}{SYNC_WARP}", FENCE_SHARED, RACE),
     Bug("ring-without-sync", "phases/ring.cuh", SYNC_WARP, "", RACE, times=3),
     Bug("place-without-sync", "phases/place.cuh", SYNC_WARP, "", RACE, times=4),
     Bug("dispatch-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n", "", RACE, times=7),

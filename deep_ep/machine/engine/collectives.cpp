@@ -113,7 +113,12 @@ std::byte* detail::shared_memory_at(int byte_offset, const sim::Site& site) {
 }
 
 bool elect(sim::Site site) {
-  meet_in_warp("elect", 0, site);
+  if (sim::scheduler.climate.elects_apart) {
+    sim::scheduler.current().site = site;
+    sim::scheduler.preempt();
+  } else {
+    meet_in_warp("elect", 0, site);
+  }
   return sim::self().lane == sim::self().warp->elected_lane;
 }
 

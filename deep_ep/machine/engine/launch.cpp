@@ -29,8 +29,8 @@ std::vector<std::unique_ptr<Block>> block_pool;
 
 tsan::Token launch_begin, launch_end;
 
-// Kernels of one rank, one after the other, on the same blocks and fibers: what comes later knows all that came before, so
-// sharing them hides nothing from the race detector.
+// Kernels of one rank, one after the other, on the same blocks and fibers: what comes later knows all that came before,
+// so sharing them hides nothing from the race detector.
 struct Stream {
   std::vector<std::unique_ptr<Grid>> grids;
   std::size_t num_started = 0;
@@ -234,7 +234,8 @@ void start_grid(const Stream& stream) {
   scheduler.enter_home();
   for (std::size_t i = 0; i < stream.num_fibers; ++i) {
     Fiber& fiber = *stream.fibers[i];
-    fiber.is_slow = fiber.rank() == scheduler.climate.slow_rank || fiber.warp->is_slow;
+    fiber.is_slow = fiber.rank() == scheduler.climate.slow_rank || fiber.warp->is_slow ||
+                    scheduler.random.chance(scheduler.climate.slow_lanes);
     scheduler.add(fiber, grid.start_ns);
   }
 }

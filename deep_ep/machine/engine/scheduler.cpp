@@ -29,6 +29,8 @@ Climate draw_climate(Random& random, int num_ranks) {
     default:
       break;
   }
+  climate.elects_apart = random.chance(0.5);
+  climate.slow_lanes = climate.elects_apart ? 0.3 * random.uniform() : 0;
   return climate;
 }
 

@@ -13,11 +13,13 @@ namespace deep_ep::sim {
 
 // How a seed behaves; drawn once a launch, so that a swarm of seeds sees very different machines.
 struct Climate {
-  double preemption = 0;  // chance that a primitive lets others run first
-  double agents = 0;      // chance that the copy engines move before a fiber does
-  double slowness = 0;    // chance that a slow fiber's turn goes to someone else
-  int slow_rank = -1;     // all of whose fibers are slow
-  double slow_warps = 0;  // share of warps that are slow
+  double preemption = 0;      // chance that a primitive lets others run first
+  double agents = 0;          // chance that the copy engines move before a fiber does
+  double slowness = 0;        // chance that a slow fiber's turn goes to someone else
+  int slow_rank = -1;         // all of whose fibers are slow
+  double slow_warps = 0;      // share of warps that are slow
+  bool elects_apart = false;  // elect() lets lanes go on before the others have come: it orders no memory
+  double slow_lanes = 0;      // share of lanes that are slow
 };
 Climate draw_climate(Random& random, int num_ranks);
 
@@ -29,8 +31,8 @@ class Scheduler {
   void reset(std::uint64_t seed, int num_ranks);
   void add(Fiber& fiber, std::uint64_t start_ns);
 
-  // Runs until every fiber is done, something fails, all sleep, or a fiber asks to stop. Called outside of fibers; may be
-  // called again.
+  // Runs until every fiber is done, something fails, all sleep, or a fiber asks to stop. Called outside of fibers; may
+  // be called again.
   Ending run();
 
   // For the running fiber.
@@ -43,7 +45,7 @@ class Scheduler {
   [[noreturn]] void fail_launch(const std::string& what);             // the same, without naming the fiber
 
   void wake(Fiber& fiber);
-  void stop() { is_stopped_ = true; }  // run() is to return at the running fiber's next switch
+  void stop() { is_stopped_ = true; }    // run() is to return at the running fiber's next switch
   void note_progress() { ++progress_; }  // something changed that a sleeper might wait for
 
   Random random;

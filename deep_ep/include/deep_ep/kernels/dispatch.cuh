@@ -49,6 +49,7 @@ struct DispatchArgs {
   Counts counts;
   int32_t* host_words;  // null, or where a launch of senders only reports the counts
   int32_t alignment;
+  int32_t num_place_warps;  // as many as have room for their counts (plan.py)
   int32_t num_send_blocks;  // the others receive
   int32_t send_piece_bytes, send_stage_bytes, receive_piece_bytes, receive_stage_bytes, tables_bytes;
 };
@@ -56,18 +57,22 @@ struct DispatchArgs {
 // Finds the place of every token of this block's range, among all tokens of this rank.
 EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, Range range, const Places& places,
                      const Tables& tables) {
-  const Range share = part_of(range, device::warp_idx(), device::num_warps());
+  const int warp = device::warp_idx();
+  const bool places_tokens = warp < a.num_place_warps;
+  const Range share = part_of(range, warp, a.num_place_warps);
   const WarpCounts counts{device::shared_memory<int>(a.tables_bytes), a.routing.num_experts};
-  place_in_experts(a.routing, share, places.positions, counts);
-  place_in_ranks(a.routing, share, a.window.num_ranks, places.slots, counts);
+  if (places_tokens) {
+    place_in_experts(a.routing, share, places.positions, counts);
+    place_in_ranks(a.routing, share, a.window.num_ranks, places.slots, counts);
+  }
   device::sync_block();
-  sum_over_warps(a.routing.num_experts, counts, tables);
+  sum_over_warps(a.num_place_warps, a.routing.num_experts, counts, tables);
   device::sync_block();
   share_counts(a.window, epoch, a.routing.num_experts, tables);
   device::sync_block();
   look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
   device::sync_block();
-  settle(a.routing, share, places.slots, places.positions, counts, tables);
+  if (places_tokens) settle(a.routing, share, places.slots, places.positions, counts, tables);
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
 }
 

@@ -86,12 +86,12 @@ EP_DEVICE void place_in_ranks(const Routing& routing, Range share, int num_ranks
 }
 
 // The warps' counts become what the warps before each one counted; the block's own totals go to the tables.
-EP_DEVICE void sum_over_warps(int num_experts, const WarpCounts& counts, const Tables& tables) {
+EP_DEVICE void sum_over_warps(int num_warps, int num_experts, const WarpCounts& counts, const Tables& tables) {
   EP_NO_UNROLL
   for (int i = device::thread_idx(); i < num_experts + kMaxRanks; i += device::num_threads()) {
     int total = 0;
     EP_NO_UNROLL
-    for (int warp = 0; warp < device::num_warps(); ++warp) {
+    for (int warp = 0; warp < num_warps; ++warp) {
       int& count = counts.expert(warp, i);  // ranks follow experts
       const int own = count;
       count = total;
