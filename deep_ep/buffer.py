@@ -286,6 +286,7 @@ class ElasticBuffer:
             return
         if self.explicitly_destroy:
             logger.warning("a buffer of rank %d was dropped without destroy(); its memory stays", self.rank_idx)
+            endpoint.keep_for_good()
         else:
             endpoint.release()
 

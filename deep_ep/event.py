@@ -117,11 +117,11 @@ class CallOrder:
         asynchronous: bool,
         keep_in_event: bool,
     ) -> None:
-        self._previous = previous_event
+        self._previous = _recorded(previous_event)
         self._asynchronous = asynchronous
         self._keep_in_event = keep_in_event
         self._current = torch.cuda.current_stream() if comm_stream is not None else None
-        self._beside = asynchronous or previous_event is not None
+        self._beside = asynchronous or self._previous is not None
         self.stream = comm_stream if self._beside else self._current
         """Where the call's kernels run; None on simulated ranks."""
 
@@ -131,32 +131,56 @@ class CallOrder:
             return
         if last is not None and last != self.stream and not torch.cuda.is_current_stream_capturing():
             self.stream.wait_stream(last)
-        if self._beside and self._previous is None:
+        if self._previous is not None:
+            self.stream.wait_event(self._previous)
+        elif self._beside:
             self.stream.wait_stream(self._current)
-        self.wait_for(self._previous)
 
     def wait_for(self, event: EventOverlap | EventHandle | None) -> None:
         """Make the stream wait for an event of an earlier call."""
-        handle = event.event if isinstance(event, EventOverlap) else event
-        if self.stream is not None and isinstance(handle, EventHandle) and handle.event is not None:
-            self.stream.wait_event(handle.event)
+        recorded = _recorded(event)
+        if self.stream is not None and recorded is not None:
+            self.stream.wait_event(recorded)
+
+    def running(self) -> AbstractContextManager[Any]:
+        """The context of copies that the kernels read: they come after what the kernels wait for, and before them."""
+        return torch.cuda.stream(self.stream) if self._beside and self.stream else nullcontext()
 
     def allocation(self, on_comm_stream: bool) -> AbstractContextManager[Any]:
-        """The context in which outputs are allocated."""
-        return torch.cuda.stream(self.stream) if on_comm_stream and self._beside and self.stream else nullcontext()
+        """The context in which outputs are allocated.
 
-    def end(self, tensors: Sequence[torch.Tensor | None]) -> EventOverlap:
-        """Make the current stream wait, or, when asynchronous, hand out an event that can be waited for."""
-        if self.stream is None:
+        Kernels that do not wait for the current stream must not write into memory that its pool hands out: work queued
+        there may still use it. So a previous event has outputs come from the communication stream's pool in any case.
+        """
+        return self.running() if on_comm_stream or self._previous is not None else nullcontext()
+
+    def end(self, inputs: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor | None]) -> EventOverlap:
+        """Make the current stream wait, or, when asynchronous, hand out an event that can be waited for.
+
+        Args:
+            inputs: what the kernels read.
+            outputs: what they write, and copies made in running(): wherever they were allocated, both streams use them.
+        """
+        if self.stream is None or self._current is None:
             return EventOverlap(EventHandle.inert() if self._asynchronous else None)
-        if not self._asynchronous:
-            if self._beside and self._current is not None:
-                self._current.wait_stream(self.stream)
+        if not self._beside:
             return EventOverlap()
-        living = [tensor for tensor in tensors if tensor is not None]
+        written = [tensor for tensor in outputs if tensor is not None]
+        for tensor in written:
+            tensor.record_stream(self._current)
+        if not self._asynchronous:
+            self._current.wait_stream(self.stream)
+            return EventOverlap()
+        living = [*(tensor for tensor in inputs if tensor is not None), *written]
         event = EventHandle.on(self.stream)
         if self._keep_in_event:
             return EventOverlap(event, living)
         for tensor in living:
             tensor.record_stream(self.stream)
         return EventOverlap(event)
+
+
+def _recorded(event: EventOverlap | EventHandle | None) -> torch.cuda.Event | None:
+    """The CUDA event inside; None where there is none, as in what a synchronous call returns."""
+    handle = event.event if isinstance(event, EventOverlap) else event
+    return None if handle is None else handle.event

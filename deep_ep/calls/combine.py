@@ -66,31 +66,38 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
     launch = plan.plan_combine(roles, request.record, max_parts, endpoint.shared_limit)
     order = endpoint.order(request.timing)
     order.wait_for(request.timing.previous_event_before_epilogue)
+    with order.running():
+        weights = None if request.weights is None else request.weights.contiguous()
     with order.allocation(request.timing.allocate_on_comm_stream):
         combined_x = request.x.new_empty(request.tokens_shape)
         combined_weights = None if request.weights is None else request.weights.new_empty(handle.topk_idx.shape)
 
-    args = _arguments(endpoint, request, combined_x, combined_weights)
+    args = _arguments(endpoint, request, weights, combined_x, combined_weights)
     set_launch_fields(args, launch)
     slots, per_rank = handle.dst_buffer_slot_idx, handle.psum_num_recv_tokens_per_scaleup_rank
-    reads: Tensors = (request.x, request.weights, handle.topk_idx, slots, per_rank, *request.biases)
+    reads: Tensors = (request.x, weights, handle.topk_idx, slots, per_rank, *request.biases)
     writes: Tensors = (combined_x, combined_weights)
-    endpoint.launch(
-        combine_kernel(roles),
-        args,
-        roles=roles,
-        half=Half.BOTH,
-        num_sms=request.num_sms,
-        shared_bytes=launch.shared_bytes,
-        order=order,
-        reads=reads,
-        writes=writes,
-    )
-    return combined_x, combined_weights, order.end((*reads, *writes))
+    with endpoint.breaking_on_error("combine"):
+        endpoint.launch(
+            combine_kernel(roles),
+            args,
+            roles=roles,
+            half=Half.BOTH,
+            num_sms=request.num_sms,
+            shared_bytes=launch.shared_bytes,
+            order=order,
+            reads=reads,
+            writes=writes,
+        )
+    return combined_x, combined_weights, order.end(reads, (weights, *writes))
 
 
 def _arguments(
-    endpoint: Endpoint, request: CombineRequest, combined_x: torch.Tensor, combined_weights: torch.Tensor | None
+    endpoint: Endpoint,
+    request: CombineRequest,
+    weights: torch.Tensor | None,
+    combined_x: torch.Tensor,
+    combined_weights: torch.Tensor | None,
 ) -> CombineArgs:
     """The kernel's arguments, but for the plan's."""
     handle = request.handle
@@ -105,7 +112,7 @@ def _arguments(
         routing=Routing.of(handle.topk_idx, handle.num_experts, endpoint.num_ranks, request.max_tokens),
         record=RecordShape.of(request.record),
         rows=Rows.of(request.x),
-        weights=pointer(request.weights),
+        weights=pointer(weights),
         slots=handle.dst_buffer_slot_idx.data_ptr(),
         by_owner=RowsByOwner(handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()),
         combined=combined,

@@ -65,6 +65,8 @@ def check_dispatch(
     max_tokens = endpoint.fitting_tokens(max_tokens, num_tokens, record)
     num_sms = endpoint.num_sms(num_sms)
     validate.is_timing(timing)
+    if exact_sizes:
+        endpoint.refuse_capture("do_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
     if endpoint.environment.buffer_debug:
         validate.are_valid_selections(topk_idx, num_experts)
     return DispatchRequest(
@@ -140,12 +142,14 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
     launch = plan.plan_dispatch(roles, request.record, request.num_experts, num_ranks, endpoint.shared_limit)
     order = endpoint.order(request.timing)
     on_comm_stream = request.timing.allocate_on_comm_stream
-    with order.allocation(on_comm_stream):
+    with order.running():
+        topk_idx = request.topk_idx.contiguous()
+        kept_idx = topk_idx.clone() if request.copy_topk_idx and topk_idx is request.topk_idx else topk_idx
+        weights = None if request.weights is None else request.weights.contiguous()
         # Slots and positions: as this rank sent them, then as it keeps them.
-        places = request.topk_idx.new_empty((4, *request.topk_idx.shape), dtype=torch.int32)
-        kept_idx = request.topk_idx.clone() if request.copy_topk_idx else request.topk_idx
-    args = _arguments(endpoint, request, places, launch)
-    reads: Tensors = (request.x, request.topk_idx, request.weights)
+        places = topk_idx.new_empty((4, *topk_idx.shape), dtype=torch.int32)
+    args = _arguments(endpoint, request, topk_idx, weights, places, launch)
+    reads: Tensors = (request.x, topk_idx, weights)
 
     def run(half: Half, *writes: torch.Tensor | None) -> None:
         endpoint.launch(
@@ -162,33 +166,39 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
 
     rows = num_ranks * request.max_tokens
     counts: list[int] = []
-    if request.exact_sizes:
-        args.host_words = endpoint.expect_counts()
-        run(Half.SEND, places)
-        rows, counts = endpoint.wait_for_counts(request.num_experts // num_ranks)
-    with order.allocation(on_comm_stream):
-        outputs = Outputs.allocate(request, rows, num_ranks)
-    outputs.fill_in(args)
-    order.wait_for(request.timing.previous_event_before_epilogue)
-    run(Half.RECEIVE if request.exact_sizes else Half.BOTH, places, *outputs.tensors)
-    event = order.end((*reads, kept_idx, places, *outputs.tensors))
+    with endpoint.breaking_on_error("dispatch"):
+        if request.exact_sizes:
+            args.host_words = endpoint.expect_counts()
+            run(Half.SEND, places)
+            rows, counts = endpoint.wait_for_counts(request.num_experts // num_ranks)
+        with order.allocation(on_comm_stream):
+            outputs = Outputs.allocate(request, rows, num_ranks)
+        outputs.fill_in(args)
+        order.wait_for(request.timing.previous_event_before_epilogue)
+        run(Half.RECEIVE if request.exact_sizes else Half.BOTH, places, *outputs.tensors)
+    event = order.end((*reads, request.topk_idx), (topk_idx, kept_idx, weights, places, *outputs.tensors))
 
     handle = _handle(endpoint, request, outputs, counts, kept_idx, slots=places[0])
     return outputs.x, outputs.topk_idx, outputs.weights, handle, event
 
 
 def _arguments(
-    endpoint: Endpoint, request: DispatchRequest, places: torch.Tensor, launch: plan.LaunchPlan
+    endpoint: Endpoint,
+    request: DispatchRequest,
+    topk_idx: torch.Tensor,
+    weights: torch.Tensor | None,
+    places: torch.Tensor,
+    launch: plan.LaunchPlan,
 ) -> DispatchArgs:
     """The kernel's arguments, but for the outputs."""
     slots, positions, kept_slots, kept_positions = (place.data_ptr() for place in places.unbind())
     args = DispatchArgs(
         window=endpoint.window_argument,
         patience=endpoint.patience_argument,
-        routing=Routing.of(request.topk_idx, request.num_experts, endpoint.num_ranks, request.max_tokens),
+        routing=Routing.of(topk_idx, request.num_experts, endpoint.num_ranks, request.max_tokens),
         record=RecordShape.of(request.record),
         rows=Rows.of(request.x),
-        weights=pointer(request.weights),
+        weights=pointer(weights),
         sent=Places(slots, positions),
         kept=Places(kept_slots, kept_positions),
         alignment=request.alignment,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from deep_ep.ops.arguments import FaultRecord, Patience, Window
 from deep_ep.ops.faults import check_fault
 from deep_ep.topology import Topology, require_one_domain
 
+logger = logging.getLogger("deep_ep")
+
+ABANDONED: list[Endpoint] = []  # whose memory is kept to the process's end
 HOST_COUNTS = 2  # host words before the experts' counts: ready, rows
 
 Tensors = Sequence[torch.Tensor | None]
@@ -87,29 +91,73 @@ class Endpoint:
         return self
 
     def barrier(self, stream: torch.cuda.Stream | None) -> None:
-        """Return when every rank's ``stream`` is idle. Collective."""
+        """Return when every rank's ``stream`` is idle. Collective.
+
+        Raises:
+            EPTimeoutError: a call before this one has failed; every rank has passed the barrier.
+        """
+        self.refuse_capture("barrier() waits on the host, which a CUDA graph capture does not allow")
         if stream is not None:
             stream.synchronize()
         self.machine.barrier()
+        self._check_fault()
 
     def destroy(self) -> None:
-        """Give the memory back, after all ranks have finished with it. Collective, unless something is broken."""
+        """Give the memory back, after all ranks have finished with it. Collective, whatever has happened before: ranks
+        that failed and ranks that did not meet here, before they build anew. (Where a rank has died, the meeting ends
+        as the group's own time limit says.)
+
+        Raises:
+            EPTimeoutError: the last call has failed and nobody had asked yet; the memory has been given back.
+        """
         if self.closed:
             return
         self.closed = True
-        if self._broken is None and dist.is_initialized():
-            self.barrier(self.machine.comm_stream)
-        self.window.close()
-        self.machine.close()
+        try:
+            if self.machine.comm_stream is not None:
+                torch.cuda.synchronize(self.device)
+            if dist.is_initialized():
+                self.machine.barrier()
+        except Exception as error:
+            logger.warning("rank %d: the ranks did not meet before their memory was given back: %s", self.rank, error)
+        finally:
+            fault_words = self._fault.tensor.clone()
+            self.window.close()
+            self.machine.close()
+        if self._broken is None:
+            check_fault(fault_words, self.rank)
 
     def release(self) -> None:
-        """Give the memory back without a word to the peers, and not while a CUDA graph is being captured."""
-        if self.machine.name == "cuda" and torch.cuda.is_current_stream_capturing():
+        """Give the memory back without a word to the peers; while a CUDA graph is being captured, keep it for good."""
+        if self._is_capturing():
+            self.keep_for_good()
             return
         self.closed = True
         with contextlib.suppress(Exception):
             self.window.close()
             self.machine.close()
+
+    def keep_for_good(self) -> None:
+        """Never give the memory back: nobody can say whether peers still write to it."""
+        ABANDONED.append(self)
+
+    def _is_capturing(self) -> bool:
+        return self.machine.name == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def refuse_capture(self, message: str) -> None:
+        """Raise ValueError with ``message`` inside a CUDA graph capture."""
+        if self._is_capturing():
+            raise ValueError(message)
+
+    @contextlib.contextmanager
+    def breaking_on_error(self, call: str) -> Iterator[None]:
+        """From a call's first launch to its last: whatever ends it in between (out of memory, Ctrl-C) leaves counters
+        that the next call would trip over."""
+        try:
+            yield
+        except BaseException as error:
+            self._broken = self._broken or f"a {call} was left half-done ({type(error).__name__}: {error})"
+            raise
 
     def _check_fault(self) -> None:
         try:
@@ -183,20 +231,16 @@ class Endpoint:
     ) -> None:
         """Launch a call, or a half of it, on ``num_sms`` blocks. Sets the argument ``num_send_blocks``."""
         num_blocks = min(num_sms, self.machine.num_sms)
-        try:
-            for args.num_send_blocks in num_send_blocks_of_launches(roles, half, num_blocks):
-                self.machine.launch(
-                    kernel,
-                    args,
-                    num_blocks=num_blocks,
-                    shared_bytes=shared_bytes,
-                    stream=order.stream,
-                    reads=[tensor for tensor in reads if tensor is not None],
-                    writes=[tensor for tensor in writes if tensor is not None],
-                )
-        except EPError as error:
-            self._broken = f"a launch failed ({error})"
-            raise
+        for args.num_send_blocks in num_send_blocks_of_launches(roles, half, num_blocks):
+            self.machine.launch(
+                kernel,
+                args,
+                num_blocks=num_blocks,
+                shared_bytes=shared_bytes,
+                stream=order.stream,
+                reads=[tensor for tensor in reads if tensor is not None],
+                writes=[tensor for tensor in writes if tensor is not None],
+            )
 
     # Counts that come before the tokens
 

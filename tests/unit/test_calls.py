@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import deep_ep
 from deep_ep import ElasticBuffer
+from deep_ep.calls import dispatch as calls_dispatch
 from deep_ep.calls import endpoint
 from deep_ep.calls.endpoint import Half, num_send_blocks_of_launches
 from deep_ep.errors import EPError, EPTimeoutError
@@ -195,7 +196,7 @@ def test_a_fault_breaks_the_buffer(buffer: ElasticBuffer, machine: FakeMachine, 
             call()
     assert len(machine.launches) == num_launches
     buffer.destroy()
-    assert machine.num_barriers == 0, "peers may be gone: no step that waits for them"
+    assert machine.num_barriers == 1, "ranks that failed and ranks that did not take the same steps"
     assert machine.window.closed
 
 
@@ -206,8 +207,50 @@ def test_a_launch_that_fails_breaks_the_buffer(buffer: ElasticBuffer, machine: F
     machine.on_launch = fail
     with pytest.raises(EPError, match="a rank left the group"):
         dispatch(buffer)
-    with pytest.raises(EPError, match=r"must be rebuilt on every rank: a launch failed \(a rank left the group\)"):
+    with pytest.raises(EPError, match=r"must be rebuilt on every rank: a dispatch was left half-done .*a rank left"):
         buffer.barrier()
+
+
+def test_nothing_goes_on_after_half_a_call(
+    buffer: ElasticBuffer, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sending half has run, and there is no memory for what comes."""
+
+    def allocate(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
+    monkeypatch.setattr(calls_dispatch.Outputs, "allocate", allocate)
+    with pytest.raises(torch.OutOfMemoryError):
+        dispatch(buffer)
+    monkeypatch.undo()
+    with pytest.raises(EPError, match=r"must be rebuilt on every rank: .* left half-done \(OutOfMemoryError"):
+        dispatch(buffer, do_cpu_sync=False)
+
+
+def test_the_last_fault_is_told(machine: FakeMachine) -> None:
+    """By a barrier, and by destroy, which gives the memory back first."""
+    for end in ("barrier", "destroy"):
+        buffer = build()
+        machine.on_launch = machine.leave_fault
+        machine.words[0] = machine.words[-2]  # the record of this buffer
+        dispatch(buffer, do_cpu_sync=False)
+        with pytest.raises((EPTimeoutError, EPError), match=r"rank 0 waited 2.0 s in collect"):
+            getattr(buffer, end)()
+    assert machine.window.closed
+
+
+def test_no_host_wait_while_a_graph_is_captured(
+    buffer: ElasticBuffer, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    machine.name = "cuda"
+    with pytest.raises(ValueError, match="do_cpu_sync must be False inside a CUDA graph capture"):
+        dispatch(buffer)
+    with pytest.raises(ValueError, match="barrier"):
+        buffer.barrier()
+    assert machine.launches == []
+    machine.name = "simulated"
 
 
 def test_destroy_twice(buffer: ElasticBuffer, machine: FakeMachine) -> None:

@@ -85,12 +85,12 @@ def test_inert_without_a_gpu() -> None:
     with order.allocation(True):
         pass
     assert order.stream is None
-    assert order.end([torch.zeros(1), None]).event is not None, "an asynchronous call always leaves an event"
+    assert order.end([torch.zeros(1), None], []).event is not None, "an asynchronous call always leaves an event"
 
 
 def test_a_synchronous_call_leaves_no_event() -> None:
     """SGLang tests ``event.event is None``."""
-    assert CallOrder(None, None, asynchronous=False, keep_in_event=False).end([]).event is None
+    assert CallOrder(None, None, asynchronous=False, keep_in_event=False).end([], []).event is None
 
 
 def test_hooks_run_once_after_the_wait() -> None:
@@ -131,7 +131,7 @@ def test_plain_call_runs_on_the_current_stream(log: Log) -> None:
     order.begin(None)
     assert order.stream is not None
     assert order.stream.name == "compute"  # type: ignore[attr-defined]
-    assert order.end([]).event is None
+    assert order.end([], []).event is None
     assert log.lines == [], "no hand-over"
 
 
@@ -139,7 +139,7 @@ def test_asynchronous_call_leaves_the_current_stream_alone(log: Log) -> None:
     order = order_of(log, asynchronous=True)
     order.begin(None)
     assert log.lines == ["comm waits for compute"]
-    event = order.end([])
+    event = order.end([], [])
     assert log.lines == ["comm waits for compute"]
     event.current_stream_wait()
     assert log.lines[1:] == ["compute waits for event on comm"]
@@ -149,15 +149,18 @@ def test_previous_event_stands_for_the_current_stream(log: Log) -> None:
     order = order_of(log, previous=EventHandle())
     order.begin(None)
     assert log.lines == ["comm waits for event on compute"]
-    order.end([])
+    order.end([], [])
     assert log.lines[1:] == ["compute waits for comm"]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_previous_event_that_is_empty(log: Log, asynchronous: bool) -> None:
-    """A synchronous call's EventOverlap holds no event: there is nothing to wait for, and nothing breaks."""
-    order_of(log, previous=EventOverlap(), asynchronous=asynchronous).begin(None)
-    assert log.lines == []
+def test_previous_event_that_is_empty(log: Log) -> None:
+    """A synchronous call's EventOverlap holds no event: its results are ordered on the current stream."""
+    order = order_of(log, previous=EventOverlap())
+    order.begin(None)
+    assert order.stream is not None
+    assert order.stream.name == "compute"  # type: ignore[attr-defined]
+    order_of(log, previous=EventOverlap(), asynchronous=True).begin(None)
+    assert log.lines == ["comm waits for compute"]
 
 
 def test_one_call_after_the_other(log: Log) -> None:
@@ -182,13 +185,32 @@ def test_where_outputs_are_allocated(log: Log) -> None:
         assert log.lines == ["enter comm"]
 
 
-def test_tensors_live_until_the_call_has_read_them(log: Log) -> None:
-    tensor: Any = FakeTensor()
-    event = order_of(log, asynchronous=True).end([tensor, None])
-    assert tensor.streams == ["comm"]
+def test_outputs_do_not_come_from_a_pool_that_the_kernels_do_not_wait_for(log: Log) -> None:
+    with order_of(log, previous=EventHandle()).allocation(False):
+        assert log.lines == ["enter comm"]
+
+
+def test_copies_come_after_what_the_kernels_wait_for(log: Log) -> None:
+    with order_of(log).running():
+        assert log.lines == []
+    with order_of(log, asynchronous=True).running():
+        assert log.lines == ["enter comm"]
+
+
+def test_tensors_live_until_both_streams_have_used_them(log: Log) -> None:
+    read: Any = FakeTensor()
+    written: Any = FakeTensor()
+    event = order_of(log, asynchronous=True).end([read, None], [written])
+    assert read.streams == ["comm"]
+    assert written.streams == ["compute", "comm"]
     assert event.extra_tensors is None
 
-    kept: Any = FakeTensor()
-    event = order_of(log, asynchronous=True, keep=True).end([kept, None])
-    assert kept.streams == []
-    assert event.extra_tensors == [kept]
+    read, written = FakeTensor(), FakeTensor()
+    event = order_of(log, asynchronous=True, keep=True).end([read], [written, None])
+    assert read.streams == []
+    assert written.streams == ["compute"], "the user's stream may use it longer than the event lives"
+    assert event.extra_tensors == [read, written]
+
+    written = FakeTensor()
+    order_of(log, previous=EventHandle()).end([], [written])
+    assert written.streams == ["compute"]

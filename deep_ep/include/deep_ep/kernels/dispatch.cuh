@@ -72,7 +72,8 @@ EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, 
   device::sync_block();
   look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
   device::sync_block();
-  if (places_tokens) settle(a.routing, share, places.slots, places.positions, counts, tables);
+  const bool all_came = device::load_relaxed_gpu(tables.ok) != 0;
+  if (places_tokens && all_came) settle(a.routing, share, places.slots, places.positions, counts, tables);
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 // reads         the messages of all sources
-// writes        tables.row_base, .expert_row, .starts; .expert_total becomes the counts of the local experts
+// writes        tables.row_base, .expert_row, .starts; .expert_total (local counts now); .ok if one never came
 // waits for     the messages
 // leaves behind the final row of everything that will arrive
 

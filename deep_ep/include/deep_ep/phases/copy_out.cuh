@@ -1,7 +1,7 @@
 #pragma once
 // reads         own rows of x; staged records of the peers
 // writes        recv_x, recv_topk_idx, recv_topk_weights, recv_src_metadata
-// waits for     the arrival mark of each record, in the order in which the sources send
+// waits for     the arrival marks: it takes whatever has come
 // leaves behind every received row in its final place
 //
 // Own tokens never touch the staging region: their tails are composed here, so both kinds are landed by the same lines.

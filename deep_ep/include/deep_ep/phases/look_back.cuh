@@ -1,6 +1,6 @@
 #pragma once
 // reads         the partial counts of the blocks of one team
-// writes        this block's partial counts; tables.*_below and .*_total
+// writes        this block's partial counts; tables.*_below and .*_total, and .ok if one never came
 // waits for     the counts of the other blocks
 // leaves behind (after the block has synchronised) what the team's blocks before this one counted, and what all did
 

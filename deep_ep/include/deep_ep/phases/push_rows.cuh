@@ -1,7 +1,7 @@
 #pragma once
 // reads         rows of x that belong to tokens of other ranks, and their weights
 // writes        staged records and arrival marks at those ranks
-// waits for     nothing (admit has let us in)
+// waits for     its own bulk stores (admit has let us in)
 // leaves behind at each owner a whole record before its mark (announce.cuh)
 
 #include <deep_ep/phases/announce.cuh>

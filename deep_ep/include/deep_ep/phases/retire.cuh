@@ -1,5 +1,5 @@
 #pragma once
-// reads         nothing
+// reads         control.blocks_done
 // writes        control.blocks_done, .epoch; the peers' control.drained
 // waits for     nothing: the last block to come here does the work
 // leaves behind at every peer the mark that its records have been read, and here the epoch of the next operation

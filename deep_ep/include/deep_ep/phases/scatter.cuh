@@ -1,7 +1,7 @@
 #pragma once
 // reads         x, and the routing of the block's range
 // writes        staged records and arrival marks at the peers
-// waits for     nothing (admit has let us in)
+// waits for     its own bulk stores (admit has let us in)
 // leaves behind at each peer a whole record before its mark (announce.cuh)
 //
 // A row is loaded once and stored once for each peer that it goes to.

@@ -1,5 +1,5 @@
 #pragma once
-// Names of the waits that can time out; deep_ep/ops/phases.py gives them their words in error messages.
+// Names of the waits that can time out; deep_ep/ops/faults.py gives them their words in error messages.
 
 #include <deep_ep/device/device.cuh>
 

@@ -18,7 +18,7 @@ namespace deep_ep {
 struct Control {
   uint32_t epoch;               // of the last finished operation
   uint32_t blocks_done;         // blocks of the running operation that have finished
-  uint32_t reserved[14];        // the words above are this rank's own; peers write the next cache lines
+  uint32_t reserved[30];        // the words above are this rank's own; peers write the next cache line
   uint32_t drained[kMaxRanks];  // [r]: the last operation in which rank r has read all that this rank sent to it
 };
 
