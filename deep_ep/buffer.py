@@ -87,7 +87,9 @@ class ElasticBuffer:
         self.prefer_overlap_with_compute = prefer_overlap_with_compute
         self.deterministic = deterministic
         self.num_allocated_qps = num_allocated_qps
-        self._endpoint = Endpoint(group, num_bytes, num_cpu_timeout_secs, num_gpu_timeout_secs)
+        cpu_timeout = validate.is_timeout("num_cpu_timeout_secs", num_cpu_timeout_secs)
+        gpu_timeout = validate.is_timeout("num_gpu_timeout_secs", num_gpu_timeout_secs)
+        self._endpoint = Endpoint(group, num_bytes, cpu_timeout, gpu_timeout)
         topology = self._endpoint.topology
         self.rank_idx, self.num_ranks = topology.rank, topology.num_ranks
         self.num_scaleout_ranks = self.num_rdma_ranks = topology.num_scaleout_ranks

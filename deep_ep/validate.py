@@ -15,6 +15,9 @@ import torch
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.layout import MAX_EXPERTS, MAX_TOPK
 
+MAX_ALIGNMENT = 1 << 16  # rows; aligned counts of all experts stay far inside 32 bits
+YEAR = 365 * 24 * 3600  # seconds
+
 # Fixed at import; a malformed value is reported when a buffer is built.
 topk_idx_t = torch.int32 if os.environ.get("EP_NUM_TOPK_IDX_BITS", "").strip() == "32" else torch.int64
 
@@ -60,6 +63,25 @@ def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
     if value.data_ptr() % 16:
         raise ValueError(f"{name} starts at an address that is no multiple of 16 bytes; call .clone()")
     return value
+
+
+def carries_no_gradient(call: str, **tensors: torch.Tensor | None) -> None:
+    """None of the tensors asks for a gradient, which would be lost without a word."""
+    for name, tensor in tensors.items():
+        if torch.is_grad_enabled() and isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            raise NotImplementedError(
+                f"{name} requires a gradient, and {call} does not carry gradients in this version; call it under "
+                "torch.no_grad(), or inside a torch.autograd.Function of your own"
+            )
+
+
+def is_timeout(name: str, value: Any) -> float:
+    """Seconds, more than 0 and at most a year."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, but it is a {type(value).__name__}")
+    if not 0 < value <= YEAR:
+        raise ValueError(f"{name} must be more than 0 and at most {YEAR} seconds, but it is {value}")
+    return float(value)
 
 
 def is_count(name: str, value: Any, low: int, high: int | None = None, advice: str = "") -> int:
@@ -115,7 +137,7 @@ def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
     if len(outside):
         token, k = outside[0].tolist()
         raise ValueError(
-            f"topk_idx[{token}, {k}] is {int(topk_idx[token, k])}, and {len(outside)} entries in all are outside -1 to "
+            f"topk_idx[{token}, {k}] is {int(topk_idx[token, k])}, and {len(outside)} in all lie outside -1 to "
             f"{num_experts - 1}; use -1 for no expert"
         )
     ordered, where = topk_idx.sort(dim=1, stable=True)

@@ -46,12 +46,15 @@ def check_combine(
     """
     device, handle = endpoint.device, endpoint.own_handle(handle)
     validate.is_there("a handle with do_expand", handle.do_expand)
-    x = validate.is_row_matrix("x", validate.is_tensor("x", x, "TH", torch.bfloat16, device))
+    validate.carries_no_gradient("combine", x=x, topk_weights=topk_weights)
+    x = validate.is_row_matrix("x", validate.is_tensor("x", x, "NH", torch.bfloat16, device))
     dispatched = handle.num_recv_tokens
     validate.has_rows("x", x, dispatched, f"the handle's dispatch returned {dispatched}; pass one row for each")
     num_tokens, num_topk, hidden = handle.topk_idx.shape[0], handle.num_topk, x.shape[1]
     weights = validate.is_weights(topk_weights, "topk_weights", x.shape[0], num_topk, device)
     biases = validate.biases(bias, num_tokens, hidden, device)
+    for added in biases:
+        validate.carries_no_gradient("combine", bias=added)
     record = layout.Record.of_combine(hidden * x.element_size(), num_topk)
     max_tokens = endpoint.fitting_tokens(handle.num_max_tokens_per_rank, num_tokens, record)
     num_sms = endpoint.num_sms(num_sms or handle.num_sms)

@@ -54,13 +54,14 @@ def check_dispatch(
         ValueError, TypeError: naming the argument.
     """
     device = endpoint.device
+    validate.carries_no_gradient("dispatch", x=x, topk_weights=topk_weights)
     x = validate.is_row_matrix("x", validate.is_tensor("x", x, "TH", torch.bfloat16, device))
     num_tokens, hidden = x.shape
     topk_idx = validate.is_topk_idx(topk_idx, num_tokens, validate.topk_idx_t, device)
     num_topk = topk_idx.shape[1]
     weights = validate.is_weights(topk_weights, "topk_weights", num_tokens, num_topk, device)
     num_experts = validate.is_expert_count(num_experts, endpoint.num_ranks)
-    alignment = validate.is_count("expert_alignment", alignment, 1)
+    alignment = validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT)
     record = layout.Record.of_dispatch(hidden * x.element_size(), num_topk)
     max_tokens = endpoint.fitting_tokens(max_tokens, num_tokens, record)
     num_sms = endpoint.num_sms(num_sms)

@@ -152,8 +152,8 @@ def test_selections() -> None:
     validate.are_valid_selections(torch.tensor([[0, 7, -1], [-1, -1, -1]]), 8)
     validate.are_valid_selections(torch.empty(0, 3, dtype=torch.int64), 8)
     for rows, text in (
-        ([[0, 1], [8, -2]], "topk_idx[1, 0] is 8, and 2 entries in all are outside -1 to 7"),
-        ([[0, 1], [2, -2]], "topk_idx[1, 1] is -2, and 1 entries in all are outside -1 to 7"),
+        ([[0, 1], [8, -2]], "topk_idx[1, 0] is 8, and 2 in all lie outside -1 to 7"),
+        ([[0, 1], [2, -2]], "topk_idx[1, 1] is -2, and 1 in all lie outside -1 to 7"),
         ([[0, 1, 2], [5, -1, 5]], "topk_idx[1, 0] and topk_idx[1, 2] are both expert 5; a token selects each expert"),
     ):
         refused(ValueError, text, validate.are_valid_selections, torch.tensor(rows), 8)
@@ -184,3 +184,28 @@ def test_event() -> None:
         validate.is_event("previous_event", good)
     text = "previous_event must be an EventOverlap, an EventHandle or None, but it is a int"
     refused(TypeError, text, validate.is_event, "previous_event", 3)
+
+
+def test_gradients_are_not_lost_without_a_word() -> None:
+    x = torch.zeros(1, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="x requires a gradient, and dispatch does not carry gradients"):
+        validate.carries_no_gradient("dispatch", x=x, topk_weights=None)
+    with torch.no_grad():
+        validate.carries_no_gradient("dispatch", x=x)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        ("9", TypeError),
+        (True, TypeError),
+        (0, ValueError),
+        (-1, ValueError),
+        (float("inf"), ValueError),
+        (float("nan"), ValueError),
+    ],
+)
+def test_timeouts(value: object, error: type[Exception]) -> None:
+    assert validate.is_timeout("num_gpu_timeout_secs", 9) == 9.0
+    with pytest.raises(error, match="num_gpu_timeout_secs must be"):
+        validate.is_timeout("num_gpu_timeout_secs", value)
