@@ -26,7 +26,7 @@ from deep_ep.machine.world import SimulationError, World
 from tests.elastic import cases
 from tests.sim import swarm
 
-MAX_SEEDS = 8
+MAX_SEEDS = 40
 NUM_RANKS = 2
 MANY_TOKENS = 24  # a warp announces a batch while later pieces are under way
 
