@@ -40,24 +40,51 @@ class Roles:
         """At least one block sends and one receives."""
         return min(max(1, round(num_blocks * self.send_share)), num_blocks - 1)
 
+    def send_blocks_of_launches(self, num_blocks: int) -> list[int]:
+        """Sending blocks of each launch that a call takes. One block cannot do both: one launch after the other."""
+        return [1, 0] if num_blocks == 1 else [self.num_send_blocks(num_blocks)]
+
+
+@dataclass(frozen=True)
+class CombineRoles:
+    """What the combine kernel is compiled for. Its blocks send with a crew of warps, and add with all others."""
+
+    send: Crew
+    num_warps: int
+    """Of a block, those that send included."""
+    send_share: float
+    """Of a launch's blocks, the part that has a crew; in the other blocks all warps add."""
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+    def num_send_blocks(self, num_blocks: int) -> int:
+        """At least one block sends."""
+        return min(max(1, round(num_blocks * self.send_share)), num_blocks)
+
+    def send_blocks_of_launches(self, num_blocks: int) -> list[int]:
+        """Sending blocks of each launch that a call takes."""
+        return [self.num_send_blocks(num_blocks)]
+
 
 @dataclass(frozen=True)
 class RolesOfMachine:
     """The roles of every launch on one kind of machine."""
 
     dispatch: Roles
-    combine: Roles
+    combine: CombineRoles
 
 
 # A GPU hides latency with many warps and large pieces; the simulator pays for each thread.
 ROLES = {
     "cuda": RolesOfMachine(
         dispatch=Roles(send=Crew(10, 3, 1), receive=Crew(20, 3, 1), send_share=0.375),
-        combine=Roles(send=Crew(7, 4, 2), receive=Crew(24, 2, 1), send_share=0.333),
+        combine=CombineRoles(send=Crew(3, 4, 1), num_warps=20, send_share=1.0),
     ),
     "simulated": RolesOfMachine(
         dispatch=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
-        combine=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
+        combine=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
     ),
 }
 
@@ -84,25 +111,23 @@ def cut(row_bytes: int, limit: int) -> int:
     return align(-(-row_bytes // pieces), PIECE_ALIGNMENT)
 
 
-def ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int, parts: int = 1) -> Ring:
+def ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int) -> Ring:
     """Cut rows so that the crew's rings fit.
 
     Args:
         memory: bytes of shared memory that the rings may take.
         tail_bytes: what a stage holds beside the last piece.
-        parts: pieces that a stage holds.
 
     Raises:
         ValueError: not even small stages fit.
     """
     stages = crew.num_warps * crew.num_stages
     largest = (memory - PIECE_ALIGNMENT) // stages - TICKET_BYTES - MBARRIER_BYTES
-    limit = (largest - largest % PIECE_ALIGNMENT - align(tail_bytes, PIECE_ALIGNMENT)) // parts
-    limit -= limit % PIECE_ALIGNMENT
+    limit = largest - largest % PIECE_ALIGNMENT - align(tail_bytes, PIECE_ALIGNMENT)
     if limit <= 0:
-        raise ValueError(f"{memory} bytes of shared memory do not hold {stages} stages of {parts} parts")
+        raise ValueError(f"{memory} bytes of shared memory do not hold {stages} stages")
     piece = cut(row_bytes, limit)
-    stage = align(piece * parts + tail_bytes, PIECE_ALIGNMENT)
+    stage = align(piece + tail_bytes, PIECE_ALIGNMENT)
     return Ring(piece, stage, align(stages * (stage + TICKET_BYTES + MBARRIER_BYTES), PIECE_ALIGNMENT))
 
 
@@ -137,12 +162,9 @@ def num_place_warps(roles: Roles, num_experts: int, num_ranks: int, shared_limit
     return min(roles.num_threads // 32, room)
 
 
-def plan_combine(roles: Roles, record: Record, max_parts: int, shared_limit: int) -> LaunchPlan:
-    """The plan of a combine launch. ``max_parts``: rows that one token's sum may have, biases included."""
-    tables = 128
-    send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
-    receive = ring(roles.receive, shared_limit - tables, record.row_bytes, 0, max_parts)
-    return LaunchPlan(send, receive, tables, tables + max(send.rings_bytes, receive.rings_bytes))
+def plan_combine(roles: CombineRoles, record: Record, shared_limit: int) -> Ring:
+    """How a combine launch cuts its rows. Its shared memory holds the rings of the senders and nothing else."""
+    return ring(roles.send, shared_limit, record.row_bytes, record.tail_bytes)
 
 
 NVLINK_GBS = 365  # what kernels reach from one H200 to another, in one direction (docs/performance.md)

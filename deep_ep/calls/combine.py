@@ -11,8 +11,8 @@ from deep_ep import layout, plan, validate
 from deep_ep.calls.endpoint import Endpoint, Half, Tensors
 from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer, set_launch_fields
-from deep_ep.ops.combine import CombineArgs, Combined, RowsByOwner, combine_kernel
+from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer
+from deep_ep.ops.combine import CombineArgs, Combined, Results, RowsByOwner, combine_kernel
 
 CombineResult = tuple[torch.Tensor, torch.Tensor | None, EventOverlap]
 
@@ -65,8 +65,7 @@ def check_combine(
 def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
     """Plan, launch and wrap."""
     roles, handle = endpoint.roles.combine, request.handle
-    max_parts = min(handle.num_topk, endpoint.num_ranks) + len(request.biases)
-    launch = plan.plan_combine(roles, request.record, max_parts, endpoint.shared_limit)
+    ring = plan.plan_combine(roles, request.record, endpoint.shared_limit)
     order = endpoint.order(request.timing)
     order.wait_for(request.timing.previous_event_before_epilogue)
     with order.running():
@@ -75,8 +74,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
         combined_x = request.x.new_empty(request.tokens_shape)
         combined_weights = None if request.weights is None else request.weights.new_empty(handle.topk_idx.shape)
 
-    args = _arguments(endpoint, request, weights, combined_x, combined_weights)
-    set_launch_fields(args, launch)
+    args = _arguments(endpoint, request, ring, weights, combined_x, combined_weights)
     slots, per_rank = handle.dst_buffer_slot_idx, handle.psum_num_recv_tokens_per_scaleup_rank
     reads: Tensors = (request.x, weights, handle.topk_idx, slots, per_rank, *request.biases)
     writes: Tensors = (combined_x, combined_weights)
@@ -87,7 +85,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
             roles=roles,
             half=Half.BOTH,
             num_sms=request.num_sms,
-            shared_bytes=launch.shared_bytes,
+            shared_bytes=ring.rings_bytes,
             order=order,
             reads=reads,
             writes=writes,
@@ -98,11 +96,12 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
 def _arguments(
     endpoint: Endpoint,
     request: CombineRequest,
+    ring: plan.Ring,
     weights: torch.Tensor | None,
     combined_x: torch.Tensor,
     combined_weights: torch.Tensor | None,
 ) -> CombineArgs:
-    """The kernel's arguments, but for the plan's."""
+    """The kernel's arguments, but for the number of sending blocks."""
     handle = request.handle
     stride = combined_x.shape[1] * combined_x.element_size()
     combined = Combined(x=combined_x.data_ptr(), stride=stride, weights=pointer(combined_weights))
@@ -113,10 +112,14 @@ def _arguments(
         window=endpoint.window_argument,
         patience=endpoint.patience_argument,
         routing=Routing.of(handle.topk_idx, handle.num_experts, endpoint.num_ranks, request.max_tokens),
-        record=RecordShape.of(request.record),
-        rows=Rows.of(request.x),
-        weights=pointer(weights),
         slots=handle.dst_buffer_slot_idx.data_ptr(),
-        by_owner=RowsByOwner(handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()),
+        results=Results(
+            rows=Rows.of(request.x),
+            weights=pointer(weights),
+            by_owner=RowsByOwner(handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()),
+            record=RecordShape.of(request.record),
+        ),
         combined=combined,
+        piece_bytes=ring.piece_bytes,
+        stage_bytes=ring.stage_bytes,
     )

@@ -221,7 +221,7 @@ class Endpoint:
         kernel: Kernel,
         args: Any,
         *,
-        roles: plan.Roles,
+        roles: plan.Roles | plan.CombineRoles,
         half: Half,
         num_sms: int,
         shared_bytes: int,
@@ -266,12 +266,10 @@ class Endpoint:
         return int(words[1]), words[HOST_COUNTS : HOST_COUNTS + local_experts].tolist()
 
 
-def num_send_blocks_of_launches(roles: plan.Roles, half: Half, num_blocks: int) -> list[int]:
-    """How many of a launch's blocks send, for each launch that the work takes; the others receive."""
+def num_send_blocks_of_launches(roles: plan.Roles | plan.CombineRoles, half: Half, num_blocks: int) -> list[int]:
+    """How many of a launch's blocks send, for each launch that the work takes."""
     if half is Half.SEND:
         return [num_blocks]
     if half is Half.RECEIVE:
         return [0]
-    if num_blocks == 1:  # one block cannot do both: one launch after the other
-        return [1, 0]
-    return [roles.num_send_blocks(num_blocks)]
+    return roles.send_blocks_of_launches(num_blocks)

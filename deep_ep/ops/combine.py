@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from deep_ep.jit import Kernel
-from deep_ep.ops.arguments import LAUNCH_FIELDS, Patience, RecordShape, Routing, Rows, Window
-from deep_ep.plan import Roles
+from deep_ep.ops.arguments import Patience, RecordShape, Routing, Rows, Window
+from deep_ep.plan import CombineRoles
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,20 @@ class CombineConfig:
     num_send_warps: int
     num_send_stages: int
     num_send_storing: int
-    num_receive_warps: int
-    num_receive_stages: int
-    num_receive_storing: int
+    num_warps: int
 
 
 class RowsByOwner(ctypes.Structure):
     _fields_ = [("per_rank", ctypes.c_void_p)]
+
+
+class Results(ctypes.Structure):
+    _fields_ = [
+        ("rows", Rows),
+        ("weights", ctypes.c_void_p),
+        ("by_owner", RowsByOwner),
+        ("record", RecordShape),
+    ]
 
 
 class Combined(ctypes.Structure):
@@ -39,17 +46,17 @@ class CombineArgs(ctypes.Structure):
         ("window", Window),
         ("patience", Patience),
         ("routing", Routing),
-        ("record", RecordShape),
-        ("rows", Rows),
-        ("weights", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
-        ("by_owner", RowsByOwner),
+        ("results", Results),
         ("combined", Combined),
-        *LAUNCH_FIELDS,
+        ("num_send_blocks", ctypes.c_int32),
+        ("piece_bytes", ctypes.c_int32),
+        ("stage_bytes", ctypes.c_int32),
     ]
 
 
-def combine_kernel(roles: Roles) -> Kernel:
-    """One kernel for all sizes; a launch's ``num_send_blocks`` says what it does."""
-    config = CombineConfig(*astuple(roles.send), *astuple(roles.receive))
+def combine_kernel(roles: CombineRoles) -> Kernel:
+    """One kernel for all sizes; a launch's ``num_send_blocks`` says in how many blocks warps send."""
+    send = roles.send
+    config = CombineConfig(send.num_warps, send.num_stages, send.num_storing, roles.num_warps)
     return Kernel("combine", config, CombineArgs, roles.num_threads)

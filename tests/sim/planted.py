@@ -60,17 +60,9 @@ BUGS = (
     Bug("scatter-without-fence", "phases/scatter.cuh", FENCE_SHARED, "", RACE),
     Bug("push-without-fence", "phases/push_rows.cuh", FENCE_SHARED, "", RACE),
     Bug("copy-out-without-fence", "phases/copy_out.cuh", FENCE_SHARED, "", RACE),
-    Bug(
-        "reduce-stores-without-fence",
-        "phases/reduce.cuh",
-        f"add_parts<1>(stage.data + at, parts, piece_bytes);\n{FENCE_SHARED}",
-        "add_parts<1>(stage.data + at, parts, piece_bytes);\n",
-        RACE,
-    ),
     # Nor what was acquired from a peer.
     Bug("arrivals-without-fence", "phases/copy_out.cuh", FENCE_GLOBAL, "", RACE),
-    Bug("parts-without-fence", "phases/reduce.cuh", FENCE_GLOBAL, "", RACE),
-    Bug("admit-without-fence", "phases/admit.cuh", "device::fence_async_proxy_global();", "", RACE),
+    Bug("admit-without-fence", "phases/admit.cuh", "  device::fence_async_proxy_global();", "", RACE),
     # Announcements.
     Bug(
         "announce-before-stores-are-complete",
@@ -99,7 +91,7 @@ BUGS = (
     # Synchronisation of warps and blocks.
     Bug("scatter-without-sync", "phases/scatter.cuh", SYNC_WARP, "", RACE, times=2),
     Bug("push-without-sync", "phases/push_rows.cuh", SYNC_WARP, "", RACE, times=2),
-    Bug("reduce-without-sync", "phases/reduce.cuh", f"{FENCE_SHARED}{SYNC_WARP}", FENCE_SHARED, RACE),
+    Bug("reduce-without-sync", "phases/reduce.cuh", "device::sync_warp();  // one lane has acquired for all", "", RACE),
     Bug("ring-without-sync", "phases/ring.cuh", SYNC_WARP, "", RACE, times=3),
     Bug("place-without-sync", "phases/place.cuh", SYNC_WARP, "", RACE, times=4),
     Bug("dispatch-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n", "", RACE, times=7),
@@ -114,6 +106,7 @@ BUGS = (
         "before + device::popcount(same & device::lanes_below()) + 1", "differs"),
     # From one operation to the next.
     Bug("enter-unadmitted", "phases/admit.cuh", "seen == epoch ? epoch - 1 : seen;", "epoch - 1 + 0 * seen;", RACE),
+    Bug("combine-unadmitted", "kernels/combine.cuh", "if (!admit_warp(a.window, epoch, a.patience)) return;", "", RACE),
     Bug("admit-relaxed", "phases/admit.cuh", "load_acquire_sys", "load_relaxed_sys", RACE),
     Bug("drained-relaxed", "phases/retire.cuh", "store_release_sys", "store_relaxed_sys", RACE),
     Bug("blocks-done-relaxed", "phases/retire.cuh", "fetch_add_acq_rel_gpu", "fetch_add_relaxed_gpu", RACE),

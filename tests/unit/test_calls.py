@@ -20,7 +20,7 @@ from deep_ep.calls.endpoint import Half, num_send_blocks_of_launches
 from deep_ep.errors import EPError, EPTimeoutError
 from deep_ep.ops.arguments import FaultRecord
 from deep_ep.ops.faults import READABLE
-from deep_ep.plan import Crew, Roles
+from deep_ep.plan import CombineRoles, Crew, Roles
 
 HIDDEN = 64
 
@@ -125,6 +125,13 @@ def dispatch(buffer: ElasticBuffer, **changes: Any) -> deep_ep.EPHandle:
 def test_launches(half: Half, num_blocks: int, expected: list[int]) -> None:
     roles = Roles(send=Crew(1, 2, 1), receive=Crew(1, 2, 1), send_share=0.4)
     assert num_send_blocks_of_launches(roles, half, num_blocks) == expected
+
+
+@pytest.mark.parametrize(("num_blocks", "expected"), [(1, 1), (2, 1), (8, 3)])
+def test_launches_of_combine(num_blocks: int, expected: int) -> None:
+    """One, however few blocks there are: every block adds."""
+    roles = CombineRoles(send=Crew(1, 2, 1), num_warps=2, send_share=0.4)
+    assert num_send_blocks_of_launches(roles, Half.BOTH, num_blocks) == [expected]
 
 
 def test_kernels_are_ready_before_the_first_collective_step(machine: FakeMachine, buffer: ElasticBuffer) -> None:

@@ -24,8 +24,11 @@ def ring_asserts(crew: Crew) -> str:
 
 # Experts and ranks.
 TABLES = [(8, 1), (256, 8), (layout.MAX_EXPERTS, layout.MAX_RANKS), (30, 3)]
-ALL_ROLES = [roles for machine in ROLES.values() for roles in (machine.dispatch, machine.combine)]
-CREWS = {crew for roles in ALL_ROLES for crew in (roles.send, roles.receive)}
+CREWS = {
+    crew
+    for machine in ROLES.values()
+    for crew in (machine.dispatch.send, machine.dispatch.receive, machine.combine.send)
+}
 SOURCE = f"""
 #include <deep_ep/kernels/combine.cuh>
 #include <deep_ep/kernels/dispatch.cuh>

@@ -20,19 +20,34 @@ struct RowsByOwner {
   EP_DEVICE int count(int rank) const { return per_rank[rank] - begin(rank); }
 };
 
+// What combine is given: results for the tokens that a dispatch brought here.
+struct Results {
+  Rows rows;             // as dispatch returned them
+  const float* weights;  // [rows, num_topk] or null
+  RowsByOwner by_owner;
+  Record record;  // in which they travel
+};
+
+// Of numbered things those that one warp deals with: every step-th.
+struct Share {
+  int first, step;
+};
+
 template <class Ring>
-EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Rows& rows, const float* weights,
-                         int num_topk, const RowsByOwner& by_owner, int max_tokens, const Record& record,
-                         int piece_bytes, int first, int step) {
+EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Results& results, int num_topk,
+                         int max_tokens, int piece_bytes, Share share) {
+  const Rows& rows = results.rows;
+  const RowsByOwner& by_owner = results.by_owner;
+  const Record& record = results.record;
   const int lane = device::lane_idx(), peers = window.num_ranks - 1;
   const int most = device::reduce_max(lane < window.num_ranks && lane != window.rank ? by_owner.count(lane) : 0);
   const int items = most * peers;  // the first row for each owner, then the second, ...
-  int item = first, offset = 0, owner = -1, slot = -1;
+  int item = share.first, offset = 0, owner = -1, slot = -1;
   Announcer announcer(window, epoch);
 
   const auto fill = [&](Stage stage, bool) {
     if (offset == 0) {
-      for (; item < items; item += step) {
+      for (; item < items; item += share.step) {
         const int other = item % peers;
         owner = other < window.rank ? other : other + 1;
         slot = item / peers;
@@ -45,7 +60,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
     const bool last = offset + bytes == record.row_bytes;
     if (last && lane < num_topk) {
       reinterpret_cast<float*>(stage.data + bytes)[lane] =
-          weights != nullptr ? weights[int64_t(row) * num_topk + lane] : 0.0f;
+          results.weights != nullptr ? results.weights[int64_t(row) * num_topk + lane] : 0.0f;
     }
     device::fence_async_proxy_shared();
     device::sync_warp();
@@ -60,7 +75,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
     }
     device::sync_warp();
     offset = last ? 0 : offset + bytes;
-    if (last) item += step;
+    if (last) item += share.step;
     return Filled::kYes;
   };
   int drained = 0;
