@@ -86,7 +86,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
       device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
     }
     ++drained;
-    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained, (items - item) / step);
+    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained, (items - item) / share.step);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();
