@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from deep_ep import layout, plan, validate
 from deep_ep.calls.combine import CombineResult, check_combine, run_combine
-from deep_ep.calls.dispatch import DispatchResult, check_dispatch, run_dispatch
+from deep_ep.calls.dispatch import Asked, DispatchResult, TokensOrPair, check_dispatch, run_dispatch
 from deep_ep.calls.endpoint import Endpoint
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.handle import EPHandle
@@ -41,6 +41,7 @@ class ElasticBuffer:
         num_max_tokens_per_rank: the most tokens that any rank dispatches in one call.
         hidden: elements of a token.
         num_topk: selections of a token; 0 stands for "unknown, up to 32".
+        use_fp8_dispatch: changes nothing: a window that holds bfloat16 rows, which combine sends, holds FP8 rows too.
         num_cpu_timeout_secs, num_gpu_timeout_secs: how long the host, or a kernel, waits for a peer.
         explicitly_destroy: the caller promises to call destroy(); a buffer that is dropped without it is logged.
 
@@ -160,7 +161,7 @@ class ElasticBuffer:
 
     def dispatch(
         self,
-        x: torch.Tensor,
+        x: TokensOrPair,
         topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
         cumulative_local_expert_recv_stats: torch.Tensor | None = None,
@@ -183,7 +184,8 @@ class ElasticBuffer:
         """Send every token to each rank that holds one of its experts, once.
 
         Args:
-            x: [T, H] bfloat16; T may be 0 and differ by rank, rows are multiples of 16 bytes.
+            x: [T, H] bfloat16; or a pair: [T, H] float8_e4m3fn and its scale factors [T, P] (float32, or int32 that
+                packs four UE8M0) of any strides. T may be 0 and differ by rank, rows are multiples of 16 bytes.
             topk_idx: [T, K] topk_idx_t, experts of each token; -1 is "no expert".
             topk_weights: [T, K] float32, carried and not multiplied in.
             num_experts: of all ranks together; expert e lives on rank e // (num_experts / num_ranks).
@@ -196,10 +198,11 @@ class ElasticBuffer:
             do_handle_copy: False lets the handle hold ``topk_idx`` itself.
             do_cpu_sync: True (the default): wait for the counts and return exact sizes. False: R*M rows, nothing
                 blocks; rows past the real count have recv_topk_idx -1.
+            use_tma_aligned_col_major_sf: give received scale factors strides (1, rows aligned to 4), not (P, 1).
 
         Returns:
             ``(recv_x [N, H], recv_topk_idx [N, K], recv_topk_weights [N, K] or None, handle, event)``, rows ordered by
-            (source rank, token); recv_topk_idx holds local experts or -1.
+            (source rank, token); recv_topk_idx holds local experts or -1. recv_x is a pair where x is one.
 
         Raises:
             ValueError, TypeError: an argument; nothing was launched.
@@ -210,25 +213,25 @@ class ElasticBuffer:
         validate.is_there("handle", handle is not None)
         validate.is_there("do_expand", do_expand)
         validate.is_there("do_zero_padding", do_zero_padding)
-        validate.is_there("use_tma_aligned_col_major_sf", use_tma_aligned_col_major_sf)
-        validate.is_there("x as (x8, sf)", isinstance(x, (tuple, list)))
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
-        request = check_dispatch(
-            endpoint,
-            x,
-            topk_idx,
-            topk_weights,
-            num_experts,
-            self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank,
-            1 if expert_alignment is None else expert_alignment,
-            num_sms,
-            exact_sizes=do_cpu_sync is None or do_cpu_sync,
-            copy_topk_idx=do_handle_copy,
+        asked = Asked(
+            x=x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            num_experts=num_experts,
+            num_max_tokens_per_rank=self.num_max_tokens_per_rank
+            if num_max_tokens_per_rank is None
+            else num_max_tokens_per_rank,
+            expert_alignment=expert_alignment,
+            num_sms=num_sms,
+            do_handle_copy=do_handle_copy,
+            do_cpu_sync=do_cpu_sync,
+            use_tma_aligned_col_major_sf=use_tma_aligned_col_major_sf,
             timing=timing,
         )
-        return run_dispatch(endpoint, request)
+        return run_dispatch(endpoint, check_dispatch(endpoint, asked))
 
     def combine(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from deep_ep.event import EventHandle, EventOverlap, Timing
-from deep_ep.layout import MAX_EXPERTS, MAX_TOPK
+from deep_ep.layout import MAX_EXPERTS, MAX_SCALES, MAX_TOPK
 
 MAX_ALIGNMENT = 1 << 16  # rows; aligned counts of all experts stay far inside 32 bits
 YEAR = 365 * 24 * 3600  # seconds
@@ -35,6 +35,26 @@ def is_tensor(name: str, value: Any, dims: str, dtype: torch.dtype, device: torc
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, where this buffer's kernels run, but it is on {value.device}")
     return value
+
+
+def is_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows of a dispatch, [T, H], and their scale factors, [T, P] or None: x is one tensor or a pair."""
+    if not isinstance(x, (tuple, list)):
+        if isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn:
+            raise TypeError("x is torch.float8_e4m3fn and has no scale factors; pass x as (x8, sf)")
+        return is_row_matrix("x", is_tensor("x", x, "TH", torch.bfloat16, device)), None
+    if len(x) != 2:
+        raise ValueError(f"x must be a tensor or a pair (x8, sf), but it has {len(x)} elements")
+    rows = is_row_matrix("x[0]", is_tensor("x[0]", x[0], "TH", torch.float8_e4m3fn, device))
+    kind = torch.int32 if isinstance(x[1], torch.Tensor) and x[1].dtype == torch.int32 else torch.float32
+    scales = is_tensor("x[1]", x[1], "TP", kind, device)
+    has_rows("x[1]", scales, rows.shape[0], f"x[0] has {rows.shape[0]}; pass one row of scale factors per token")
+    if not 1 <= scales.shape[1] <= MAX_SCALES:
+        raise ValueError(
+            f"x[1] must have 1 to {MAX_SCALES} scale factors a token (one for every 128 values, or four packed into "
+            f"an int32), but its shape is {list(scales.shape)}"
+        )
+    return rows, scales
 
 
 def has_rows(name: str, value: torch.Tensor, rows: int, why: str) -> None:
@@ -65,10 +85,11 @@ def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def carries_no_gradient(call: str, **tensors: torch.Tensor | None) -> None:
-    """None of the tensors asks for a gradient, which would be lost without a word."""
-    for name, tensor in tensors.items():
-        if torch.is_grad_enabled() and isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+def carries_no_gradient(call: str, **values: Any) -> None:
+    """None of the tensors, or of their pairs, asks for a gradient, which would be lost without a word."""
+    for name, value in values.items():
+        tensors = value if isinstance(value, (tuple, list)) else (value,)
+        if torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors):
             raise NotImplementedError(
                 f"{name} requires a gradient, and {call} does not carry gradients in this version; call it under "
                 "torch.no_grad(), or inside a torch.autograd.Function of your own"

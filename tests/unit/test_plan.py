@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deep_ep import plan
-from deep_ep.layout import MAX_EXPERTS, MAX_RANKS, MAX_TOPK, Record
+from deep_ep.layout import MAX_EXPERTS, MAX_RANKS, MAX_SCALES, MAX_TOPK, Record
 from deep_ep.plan import ROLES, CombineRoles, Crew, Roles, RolesOfMachine
 
 SHARED_LIMIT = 232448  # bytes that a block has on sm_90 and sm_100, and in simulation
@@ -49,12 +49,13 @@ def test_ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int) -> None:
     num_topk=st.integers(1, MAX_TOPK),
     num_ranks=st.integers(1, MAX_RANKS),
     local_experts=st.integers(1, MAX_EXPERTS),
+    num_scales=st.integers(0, MAX_SCALES),
 )
 def test_every_dispatch_fits(
-    roles: RolesOfMachine, row_bytes: int, num_topk: int, num_ranks: int, local_experts: int
+    roles: RolesOfMachine, row_bytes: int, num_topk: int, num_ranks: int, local_experts: int, num_scales: int
 ) -> None:
     num_experts = num_ranks * min(local_experts, MAX_EXPERTS // num_ranks)
-    record = Record.of_dispatch(row_bytes, num_topk)
+    record = Record.of_dispatch(row_bytes, num_topk, num_scales)
     launch = plan.plan_dispatch(roles.dispatch, record, num_experts, num_ranks, SHARED_LIMIT)
     assert launch.tables_bytes == plan.tables_bytes(num_experts, num_ranks)
     assert launch.tables_bytes % 128 == 0

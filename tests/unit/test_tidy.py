@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "ops": PURE | {"jit", "machine", "handle"},
     "calls": PURE | {"ops", "machine", "jit", "handle", "event", "validate", "environment"},
     "buffer": PURE | {"calls", "machine", "handle", "event", "validate"},
-    "utils": {"event"},
+    "fp8": set(),
+    "utils": {"event", "fp8"},
     "__init__": {"buffer", "handle", "event", "validate"},
 }
 
