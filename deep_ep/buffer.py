@@ -41,6 +41,8 @@ class ElasticBuffer:
         num_max_tokens_per_rank: the most tokens that any rank dispatches in one call.
         hidden: elements of a token.
         num_topk: selections of a token; 0 stands for "unknown, up to 32".
+        use_fp8_dispatch: changes nothing: what combine sends is bfloat16 and larger than any dispatch of FP8, so a
+            window that holds the one holds the other.
         num_cpu_timeout_secs, num_gpu_timeout_secs: how long the host, or a kernel, waits for a peer.
         explicitly_destroy: the caller promises to call destroy(); a buffer that is dropped without it is logged.
 
@@ -73,11 +75,10 @@ class ElasticBuffer:
         self._endpoint: Endpoint | None = None  # __del__ may look before there is one
         self.explicitly_destroy = explicitly_destroy
         num_ranks = _size_of(group)
-        validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
+        num_max_tokens_per_rank = validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
         if num_bytes is None:
-            _require_settings(num_max_tokens_per_rank, hidden, num_topk)
-            num_bytes = layout.window_bytes(num_ranks, num_max_tokens_per_rank, hidden, num_topk)
-        validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
+            num_bytes = layout.window_bytes(num_ranks, *_settings(num_max_tokens_per_rank, hidden, num_topk))
+        num_bytes = validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
 
         self.group = group
         self.num_bytes = num_bytes
@@ -112,8 +113,7 @@ class ElasticBuffer:
         allow_multiple_reduction: bool = True,
     ) -> int:
         """The ``num_bytes`` that these settings need, a multiple of 2 MiB. Needs no buffer and talks to nobody."""
-        _require_settings(num_max_tokens_per_rank, hidden, num_topk)
-        return layout.window_bytes(_size_of(group), num_max_tokens_per_rank, hidden, num_topk)
+        return layout.window_bytes(_size_of(group), *_settings(num_max_tokens_per_rank, hidden, num_topk))
 
     @staticmethod
     def capture() -> EventHandle:
@@ -272,10 +272,19 @@ class ElasticBuffer:
         return run_combine(endpoint, request)
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
-        """Return when every rank has finished all that it had launched before. Collective."""
-        endpoint = self._usable()
-        stream = endpoint.machine.comm_stream
-        endpoint.barrier(stream if stream is None or use_comm_stream else torch.cuda.current_stream())
+        """What is queued after this waits until every rank has finished what it had queued before. Collective.
+
+        Args:
+            use_comm_stream: the ranks meet on the communication stream, and the current one waits for it; else on the
+                current stream.
+            with_cpu_sync: the host waits too. Without it the call may be captured in a CUDA graph. (On simulated ranks
+                the host waits in any case.)
+            sequential: whether the domains meet one after the other. In one domain it makes no difference.
+
+        Raises:
+            EPTimeoutError: an earlier call of this rank has failed; with ``with_cpu_sync`` no failure is missed.
+        """
+        self._usable().barrier(use_comm_stream, with_cpu_sync)
 
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing."""
@@ -312,8 +321,11 @@ def _size_of(group: object) -> int:
     return group.size()
 
 
-def _require_settings(num_max_tokens_per_rank: int, hidden: int, num_topk: int) -> None:
+def _settings(num_max_tokens_per_rank: int, hidden: int, num_topk: int) -> tuple[int, int, int]:
+    """The three that a window's size follows from."""
     advice = "or pass num_bytes"
-    validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice)
-    validate.is_count("hidden", hidden, 1, advice=advice)
-    validate.is_count("num_topk", num_topk, 0, layout.MAX_TOPK)
+    return (
+        validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice),
+        validate.is_count("hidden", hidden, 1, advice=advice),
+        validate.is_count("num_topk", num_topk, 0, layout.MAX_TOPK),
+    )

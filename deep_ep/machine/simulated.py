@@ -213,7 +213,13 @@ class SimulatedMachine:
             guest.leave()
         return written
 
-    def barrier(self) -> None:
+    def current_capture(self) -> int:
+        return 0
+
+    def barrier(self, stream: Any = None) -> None:
+        self.meet()
+
+    def meet(self) -> None:
         with self._together("barrier"):
             dist.barrier(self._group)
 

@@ -114,8 +114,9 @@ def beside_the_compute_stream(group: dist.ProcessGroup, device: torch.device) ->
             assert event.event is None
             same(combined, expected[0])
             same(weights, expected[1])
-    buffer.barrier()
-    buffer.barrier(use_comm_stream=False)
+    for use_comm_stream in (True, False):
+        for with_cpu_sync in (False, True):
+            buffer.barrier(use_comm_stream, with_cpu_sync)
     buffer.destroy()
 
 
