@@ -20,12 +20,17 @@ logger = logging.getLogger("deep_ep")
 
 
 def get_physical_domain_size(group: dist.ProcessGroup) -> tuple[int, int]:
-    """(RDMA ranks, NVLink ranks): how the group's ranks are connected. This version serves one NVLink domain."""
+    """(RDMA ranks, NVLink ranks): how a buffer's ranks are connected. Talks to nobody.
+
+    This version serves groups inside one NVLink domain, so it is (1, ranks); building a buffer over any other group is
+    an EPTopologyError.
+    """
     return 1, _size_of(group)
 
 
 def get_logical_domain_size(group: dist.ProcessGroup, allow_hybrid_mode: bool = True) -> tuple[int, int]:
-    """(scale-out ranks, scale-up ranks): how kernels use the group."""
+    """(scale-out ranks, scale-up ranks): how kernels use the group. Inside one NVLink domain (1, ranks), whether
+    ``allow_hybrid_mode`` or not."""
     return get_physical_domain_size(group)
 
 
@@ -149,12 +154,25 @@ class ElasticBuffer:
         sm_read_gbs: float = 200,
         sm_write_gbs: float = 50,
     ) -> int:
-        """SMs with which a call keeps the link full, by the model of plan.theoretical_num_sms; even, at least 4."""
-        return plan.theoretical_num_sms(self.num_ranks, nvlink_gbs or plan.NVLINK_GBS, sm_write_gbs)
+        """SMs with which a call keeps the link full, by the model of plan.theoretical_num_sms; even, at least 4. It may
+        be more than the device has; a call with ``num_sms=0`` takes the smaller number.
+
+        Args:
+            num_experts, num_topk: do not matter inside one domain, where each row crosses the link once.
+            num_scaleout_topk, rdma_gbs: do not matter without a network.
+            nvlink_gbs: GB/s that kernels reach over the GPU's links in one direction; 0 stands for EP_NVLINK_GBS, or
+                what NVML tells of the links.
+            sm_read_gbs, sm_write_gbs: GB/s that one SM reads and writes at the same time.
+        """
+        speeds = {"nvlink_gbs": nvlink_gbs, "sm_read_gbs": sm_read_gbs, "sm_write_gbs": sm_write_gbs}
+        for name, gbs in speeds.items():
+            validate.is_speed(name, gbs, may_be_0=name == "nvlink_gbs")
+        reached = nvlink_gbs or self._end().nvlink_gbs
+        return plan.theoretical_num_sms(self.num_ranks, reached, sm_read_gbs, sm_write_gbs)
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs that a call of ``num_sms`` SMs uses: none inside one NVLink domain."""
-        return 0
+        return plan.theoretical_num_qps(validate.is_count("num_sms", num_sms, 0))
 
     # Calls
 

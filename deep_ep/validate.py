@@ -6,6 +6,7 @@ what to do.
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 import os
@@ -85,6 +86,14 @@ def is_timeout(name: str, value: Any) -> float:
     if not 0 < seconds <= YEAR:
         raise ValueError(f"{name} must be more than 0 and at most {YEAR} seconds, but it is {value}")
     return seconds
+
+
+def is_speed(name: str, value: Any, may_be_0: bool) -> None:
+    """GB/s, more than 0, or 0 for "unknown" where that is an answer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number of GB/s, but it is a {type(value).__name__}")
+    if not (0 < float(value) < math.inf or (may_be_0 and value == 0)):
+        raise ValueError(f"{name} must be a number of GB/s more than 0, but it is {value}")
 
 
 def is_count(name: str, value: Any, low: int, high: int | None = None, advice: str = "") -> int:

@@ -72,6 +72,7 @@ class Endpoint:
             self.machine.close()
             raise
         self.device = self.machine.device
+        self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
         self.shared_limit = self.machine.shared_bytes_per_block
         self.window_argument = Window.of(self.layout, self.rank, self.window.addresses)
         self.patience_argument = Patience(self._fault.address, int(gpu_timeout * 1e9))
@@ -219,7 +220,7 @@ class Endpoint:
         """SMs of a call; 0 stands for the analytic choice."""
         num_sms = validate.is_count("num_sms", given, 0)
         if num_sms == 0:
-            return min(plan.theoretical_num_sms(self.num_ranks), self.machine.num_sms)
+            return min(plan.theoretical_num_sms(self.num_ranks, self.nvlink_gbs), self.machine.num_sms)
         if self.machine.name == "cuda":
             most = min(self.machine.num_sms, layout.MAX_BLOCKS)
             validate.is_count("num_sms", num_sms, 1, most, "this device has no more")

@@ -55,6 +55,8 @@ class Machine(Protocol):
     rank: int
     num_ranks: int
     num_sms: int
+    wire_gbs: float | None
+    """GB/s of all links of this rank's GPU together, in one direction; None where nobody can tell."""
     shared_bytes_per_block: int
     """The most dynamic shared memory that a block can have."""
     comm_stream: Any

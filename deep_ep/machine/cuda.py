@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deep_ep import jit
 from deep_ep.environment import Environment
 from deep_ep.errors import EPEnvironmentError, EPError
-from deep_ep.machine import import_cuda_extra, nccl, raise_together
+from deep_ep.machine import import_cuda_extra, links, nccl, raise_together
 
 logger = logging.getLogger("deep_ep")
 
@@ -81,6 +81,7 @@ class CudaMachine:
 
         properties = torch.cuda.get_device_properties(self.device)
         self.num_sms = properties.multi_processor_count
+        self.wire_gbs = links.wire_gbs(self.device)
         self._architecture = f"sm_{properties.major}{properties.minor}a"
         # High priority: its few blocks are what peers wait for, so they go ahead of a compute kernel's next wave.
         self.comm_stream = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]

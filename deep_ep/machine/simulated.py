@@ -89,6 +89,7 @@ class SimulatedMachine:
     name = "simulated"
     device = torch.device("cpu")
     num_sms = NUM_SMS
+    wire_gbs: float | None = None
     shared_bytes_per_block = SHARED_BYTES_PER_BLOCK
     comm_stream = None
 

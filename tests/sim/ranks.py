@@ -125,6 +125,7 @@ class ThreadMachine:
     name = "simulated"
     device = torch.device("cpu")
     shared_bytes_per_block = SHARED_BYTES_PER_BLOCK
+    wire_gbs: float | None = None
     comm_stream = None
 
     def __init__(self, group: Group, ranks: Ranks) -> None:

@@ -44,6 +44,7 @@ class FakeMachine:
 
     name, device, comm_stream = "simulated", torch.device("cpu"), None
     num_sms, shared_bytes_per_block = 4, 232448
+    wire_gbs: float | None = None
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, int, int]] = []  # kernel, blocks, of which send
@@ -189,6 +190,20 @@ def test_analytic_num_sms(machine: FakeMachine, buffer: ElasticBuffer) -> None:
     handle = dispatch(buffer, do_cpu_sync=False, num_sms=2)
     buffer.combine(torch.zeros(8, HIDDEN, dtype=torch.bfloat16), handle)
     assert [launch[:2] for launch in machine.launches] == [("dispatch", 4), ("dispatch", 2), ("combine", 2)]
+
+
+def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the caller says, or else the environment, or else NVML; and an H200's where nobody says anything."""
+    assert build().get_theoretical_num_sms(256, 8) == 8
+    assert build().get_theoretical_num_sms(256, 8, nvlink_gbs=730) == 16
+    assert build().get_theoretical_num_sms(256, 8, sm_write_gbs=25) == 16
+    assert build().get_theoretical_num_sms(256, 8, sm_read_gbs=25) == 16
+    machine.wire_gbs = 18 * 53.125
+    assert build().get_theoretical_num_sms(256, 8) == 16
+    monkeypatch.setenv("EP_NVLINK_GBS", "100")
+    assert build().get_theoretical_num_sms(256, 8) == 4
+    with pytest.raises(ValueError, match="sm_write_gbs must be a number of GB/s more than 0, but it is 0"):
+        build().get_theoretical_num_sms(256, 8, sm_write_gbs=0)
 
 
 def test_counts_that_never_come(buffer: ElasticBuffer, machine: FakeMachine) -> None:
