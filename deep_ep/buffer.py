@@ -246,7 +246,8 @@ class ElasticBuffer:
             copy_topk_idx=do_handle_copy,
             timing=timing,
         )
-        return run_dispatch(endpoint, request)
+        with endpoint.named("dispatch"):
+            return run_dispatch(endpoint, request)
 
     def combine(
         self,
@@ -287,7 +288,8 @@ class ElasticBuffer:
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
         request = check_combine(endpoint, x, handle, topk_weights, bias, num_sms, timing)
-        return run_combine(endpoint, request)
+        with endpoint.named("combine"):
+            return run_combine(endpoint, request)
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """What is queued after this waits until every rank has finished what it had queued before. Collective.
@@ -302,7 +304,9 @@ class ElasticBuffer:
         Raises:
             EPTimeoutError: an earlier call of this rank has failed; with ``with_cpu_sync`` no failure is missed.
         """
-        self._usable().barrier(use_comm_stream, with_cpu_sync)
+        endpoint = self._usable()
+        with endpoint.named("barrier"):
+            endpoint.barrier(use_comm_stream, with_cpu_sync)
 
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deep_ep import environment, layout, plan, validate
+from deep_ep import environment, installation, layout, plan, validate
 from deep_ep.errors import EPError, EPTimeoutError
 from deep_ep.event import CallOrder, LastCall, Timing
 from deep_ep.handle import EPHandle
@@ -53,6 +53,7 @@ class Endpoint:
     """
 
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, cpu_timeout: float, gpu_timeout: float) -> None:
+        installation.check()
         self.environment = environment.read()
         self.rank, self.num_ranks = group.rank(), group.size()
         self.group_ranks = tuple(dist.get_process_group_ranks(group))
@@ -89,6 +90,12 @@ class Endpoint:
         except Exception as caught:
             error = caught
         raise_together(error, self.machine.all_gather_object)
+
+    def named(self, what: str) -> contextlib.AbstractContextManager[Any]:
+        """An NVTX range with a name, for profilers; nothing unless EP_USE_NVIDIA_TOOLS asks for it."""
+        if not self.environment.use_nvidia_tools or not torch.cuda.is_available():
+            return contextlib.nullcontext()
+        return torch.cuda.nvtx.range(f"deep_ep {what}")
 
     # Its life
 
@@ -268,6 +275,11 @@ class Endpoint:
 
     def wait_for_counts(self, local_experts: int) -> tuple[int, list[int]]:
         """Rows that will arrive, and selections of each local expert. Gives the GIL away while it waits."""
+        with self.named("wait for counts"):
+            words = self._wait_for_counts()
+        return int(words[1]), words[HOST_COUNTS : HOST_COUNTS + local_experts].tolist()
+
+    def _wait_for_counts(self) -> Any:
         words, fault = self._counts.tensor.numpy(), self._fault.tensor.numpy()
         start = now = time.monotonic()
         while words[0] == 0:
@@ -284,7 +296,7 @@ class Endpoint:
             # Gives the GIL away, and Ctrl-C a chance; who has waited for long need not be the first to know.
             time.sleep(0 if now - start < EAGER_SECONDS else LAZY_SECONDS)
             now = time.monotonic()
-        return int(words[1]), words[HOST_COUNTS : HOST_COUNTS + local_experts].tolist()
+        return words
 
 
 def num_send_blocks_of_launches(roles: plan.Roles, half: Half, num_blocks: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -285,6 +286,31 @@ def test_no_host_wait_while_a_graph_is_captured(buffer: ElasticBuffer, machine: 
     buffer.barrier()
     dispatch(buffer, do_cpu_sync=False)
     assert (len(machine.launches), machine.num_barriers) == (1, 1)
+
+
+def test_calls_are_named_for_profilers(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    @contextlib.contextmanager
+    def name(text: str) -> Iterator[None]:
+        log.append(text)
+        yield
+        log.append("end")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", name)
+    machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
+    silent = build()
+    monkeypatch.setenv("EP_USE_NVIDIA_TOOLS", "1")
+    buffer = build()
+    machine.words[1] = machine.words[-1]
+    dispatch(silent, do_cpu_sync=False)
+    assert log == []
+    handle = dispatch(buffer)
+    buffer.combine(torch.zeros(3, HIDDEN, dtype=torch.bfloat16), handle)
+    buffer.barrier()
+    named = ["deep_ep dispatch", "deep_ep wait for counts", "end", "end", "deep_ep combine", "end"]
+    assert log == [*named, "deep_ep barrier", "end"]
 
 
 def test_destroy_twice(buffer: ElasticBuffer, machine: FakeMachine) -> None:
