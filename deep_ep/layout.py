@@ -88,8 +88,8 @@ class WindowLayout:
 
 
 def message_words(num_ranks: int) -> int:
-    """8-byte words of what a source tells a peer: tokens, blocks, a start for each block, a count for each expert."""
-    return 2 + MAX_BLOCKS + MAX_EXPERTS // num_ranks
+    """8-byte words of what a source tells a peer: a start for each block and one behind, a count for each expert."""
+    return MAX_BLOCKS + 1 + MAX_EXPERTS // num_ranks
 
 
 def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:

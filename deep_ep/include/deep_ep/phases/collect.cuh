@@ -31,21 +31,9 @@ EP_DEVICE void collect(const Window& window, uint32_t epoch, int experts_per_ran
     await(i / experts_per_rank, message_word::kExperts + i % experts_per_rank, tables.expert_row[i]);
   }
   EP_NO_UNROLL
-  for (int i = thread; i < window.num_ranks * kMaxBlocks; i += num_threads) {
-    const int source = i / kMaxBlocks, block = i % kMaxBlocks;
-    int* starts = tables.starts + source * (kMaxBlocks + 1);
-    int blocks = 0, tokens = 0;
-    await(source, message_word::kBlocks, blocks);
-    if (block < blocks) {
-      await(source, message_word::kStarts + block, starts[block]);
-    } else {
-      await(source, message_word::kTokens, tokens);
-      starts[block] = tokens;
-    }
-    if (block == kMaxBlocks - 1) {
-      await(source, message_word::kTokens, tokens);
-      starts[kMaxBlocks] = tokens;
-    }
+  for (int i = thread; i < window.num_ranks * (kMaxBlocks + 1); i += num_threads) {
+    const int source = i / (kMaxBlocks + 1);
+    await(source, message_word::kStarts + i % (kMaxBlocks + 1), tables.starts[i]);
   }
   device::sync_block();
 

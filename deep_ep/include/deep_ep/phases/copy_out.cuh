@@ -130,27 +130,36 @@ EP_DEVICE void land_tail(const Window& window, const Routing& routing, const Tab
                          int source, int row, const char* at) {
   const RoutingTail tail{reinterpret_cast<int32_t*>(const_cast<char*>(at)), routing.num_topk};
   const int k = device::lane_idx(), num_topk = routing.num_topk;
-  const int expert = k < num_topk ? tail.expert(k) : -1;
+  const int token = tail.token();
+  int expert = -1, position = -1;
+  float weight = 0.0f;
+  if (k < num_topk) {
+    expert = tail.expert(k);
+    position = tail.position(k);
+    weight = tail.weight(k);
+  }
+  EP_NO_UNROLL
+  for (int i = k; i < out.scales.count; i += 32) out.scales.at(row, i) = tail.scale(i);
+  device::fence_async_proxy_shared();  // the stage has been read, and may be loaded again
+
   const bool here = expert >= 0 && routing.rank_of(expert) == window.rank;
   const int local = here ? expert - window.rank * routing.experts_per_rank : -1;
   const uint32_t chosen = device::ballot(here);
   int32_t* metadata = out.metadata + int64_t(row) * (num_topk + 2);
   if (k == 0) {
-    metadata[0] = source * routing.max_tokens + tail.token();
+    metadata[0] = source * routing.max_tokens + token;
     metadata[1] = source * num_topk + highest_bit(chosen);
   }
   if (k < num_topk) {
     const int64_t entry = int64_t(row) * num_topk + k;
-    metadata[2 + k] = here ? tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k) : -1;
+    metadata[2 + k] = here ? tables.expert_row[source * routing.experts_per_rank + local] + position : -1;
     if (routing.index_bytes == 8) {
       static_cast<int64_t*>(out.topk_idx)[entry] = local;
     } else {
       static_cast<int32_t*>(out.topk_idx)[entry] = local;
     }
-    if (out.weights != nullptr) out.weights[entry] = tail.weight(k);
+    if (out.weights != nullptr) out.weights[entry] = weight;
   }
-  EP_NO_UNROLL
-  for (int i = k; i < out.scales.count; i += 32) out.scales.at(row, i) = tail.scale(i);
 }
 
 template <class Ring>
@@ -173,10 +182,12 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
       token = ahead;
       choice = next;
       ahead += num_warps;
-      next = load_choice(routing, token_tables, ahead, range.end);
       const Selection selection = select(routing, choice.expert);
       const uint32_t here = device::ballot(selection.speaks && selection.rank == window.rank);
-      if (here == 0) continue;
+      if (here == 0) {
+        next = load_choice(routing, token_tables, ahead, range.end);
+        continue;
+      }
       source = window.rank;
       row = tables.row_base[source] + device::shuffle(choice.slot, lowest_bit(here));
       from = rows.x + token * rows.stride;
@@ -203,7 +214,6 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
     const bool last = offset + bytes == record.row_bytes;
     const bool composed = source == window.rank;
     if (last && composed) compose_tail(routing, token_tables.scales, token, choice, stage.data + bytes);
-    device::fence_async_proxy_shared();
     device::sync_warp();
     if (device::elect()) {
       *stage.ticket = {.token = token, .row = row, .source = source, .offset = offset, .bytes = bytes, .last = last};
@@ -212,6 +222,7 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
       device::bulk_load(stage.data, from + offset, loaded, *stage.full);
     }
     device::sync_warp();
+    if (offset == 0 && composed) next = load_choice(routing, token_tables, ahead, range.end);
     offset = last ? 0 : offset + bytes;
     return Filled::kYes;
   };

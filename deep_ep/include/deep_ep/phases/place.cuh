@@ -55,16 +55,21 @@ EP_DEVICE void place_in_experts(const Routing& routing, Range share, int* positi
 // rank r's count.
 EP_DEVICE void place_in_ranks(const Routing& routing, Range share, int num_ranks, int* slots,
                               const WarpCounts& counts) {
+  constexpr int kTogether = 8;  // loads of a lane that are under way at once
   const int lane = device::lane_idx(), warp = device::warp_idx();
   int count = 0;
   EP_NO_UNROLL
   for (int first = share.begin; first < share.end; first += 32) {
     const int64_t entry = int64_t(first + lane) * routing.num_topk;
+    const int num_topk = first + lane < share.end ? routing.num_topk : 0;
     uint32_t ranks = 0;
     EP_NO_UNROLL
-    for (int k = 0; first + lane < share.end && k < routing.num_topk; ++k) {
-      const int expert = routing.expert(entry + k);
-      if (expert >= 0) ranks |= 1u << routing.rank_of(expert);
+    for (int begin = 0; begin < num_topk; begin += kTogether) {
+      int experts[kTogether];
+      for (int k = 0; k < kTogether; ++k) experts[k] = begin + k < num_topk ? routing.expert(entry + begin + k) : -1;
+      for (int k = 0; k < kTogether; ++k) {
+        if (experts[k] >= 0) ranks |= 1u << routing.rank_of(experts[k]);
+      }
     }
     EP_NO_UNROLL
     for (int rank = 0; rank < num_ranks; ++rank) {

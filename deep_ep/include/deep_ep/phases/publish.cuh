@@ -30,9 +30,9 @@ EP_DEVICE void publish(const Window& window, uint32_t epoch, const Blocks& sende
       const int count = tables.expert_total[rank * experts_per_rank + i];
       device::store_relaxed_sys(to + message_word::kExperts + i, word(count, epoch));
     }
-    if (thread == 0) {
-      device::store_relaxed_sys(to + message_word::kTokens, word(tables.rank_total[rank], epoch));
-      device::store_relaxed_sys(to + message_word::kBlocks, word(senders.count, epoch));
+    EP_NO_UNROLL
+    for (int block = senders.count + thread; block <= kMaxBlocks; block += device::num_threads()) {
+      device::store_relaxed_sys(to + message_word::kStarts + block, word(tables.rank_total[rank], epoch));
     }
   }
 }

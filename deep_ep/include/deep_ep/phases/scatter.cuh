@@ -36,10 +36,12 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
       token = ahead;
       choice = next;
       ahead += step;
-      next = load_choice(routing, tables, ahead, range.end);
       const Selection selection = select(routing, choice.expert);
       uint32_t speakers = device::ballot(selection.speaks && selection.rank != window.rank);
-      if (speakers == 0) continue;
+      if (speakers == 0) {
+        next = load_choice(routing, tables, ahead, range.end);
+        continue;
+      }
       slot_at_rank = -1;
       EP_NO_UNROLL
       for (; speakers != 0; speakers &= speakers - 1) {
@@ -56,9 +58,11 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
     if (offset == 0 && !next_token()) return Filled::kNoMore;
     const int bytes = min_of(piece_bytes, record.row_bytes - offset);
     const bool last = offset + bytes == record.row_bytes;
-    if (last) compose_tail(routing, tables.scales, token, choice, stage.data + bytes);
+    if (last) {
+      compose_tail(routing, tables.scales, token, choice, stage.data + bytes);
+      device::fence_async_proxy_shared();
+    }
     if (lane < window.num_ranks) stage.ticket->slot[lane] = slot_at_rank;
-    device::fence_async_proxy_shared();
     device::sync_warp();
     if (device::elect()) {
       stage.ticket->offset = offset;
@@ -68,6 +72,8 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
       device::bulk_load(stage.data, rows.x + token * rows.stride + offset, bytes, *stage.full);
     }
     device::sync_warp();
+    // Behind the load and, in long rows, before the last piece's fence, which would wait for it.
+    if (offset == 0) next = load_choice(routing, tables, ahead, range.end);
     offset = last ? 0 : offset + bytes;
     return Filled::kYes;
   };
@@ -83,7 +89,8 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
       }
     }
     ++drained;
-    if (ticket.last) announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained, (range.end - ahead) / step);
+    if (ticket.last)
+      announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained, (range.end - ahead) / step);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();
