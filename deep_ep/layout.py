@@ -23,6 +23,7 @@ LINE_BYTES = 128  # of memory and of the link
 SECTOR_BYTES = 32  # what memory writes at least
 WORD_BYTES = 8  # value and epoch
 MARK_BYTES = 4
+PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS + 1  # of a block: what it counted, and that it has settled places
 ARRIVED_SHARE = 64  # one part in so many of a window holds arrival marks, whatever the tokens will be
 
 
@@ -88,8 +89,8 @@ class WindowLayout:
 
 
 def message_words(num_ranks: int) -> int:
-    """8-byte words of what a source tells a peer: a start for each block and one behind, a count for each expert."""
-    return MAX_BLOCKS + 1 + MAX_EXPERTS // num_ranks
+    """8-byte words of what a source tells a peer: its tokens, and a count for each expert."""
+    return 1 + MAX_EXPERTS // num_ranks
 
 
 def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
@@ -105,7 +106,7 @@ def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
         )
     sizes = [
         ("control", CONTROL_BYTES, "epoch of the last operation, and who has read what"),
-        ("partials", MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS) * WORD_BYTES, "what each block of this rank counted"),
+        ("partials", MAX_BLOCKS * PARTIAL_WORDS * WORD_BYTES, "what each block of this rank counted"),
         ("messages", num_ranks * message_words(num_ranks) * WORD_BYTES, "what each source will send"),
         ("arrived", num_bytes // ARRIVED_SHARE, "a mark for each token that has come"),
     ]
@@ -136,7 +137,7 @@ def window_bytes(num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int
         align(size, REGION_ALIGNMENT)
         for size in (
             CONTROL_BYTES,
-            MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS) * WORD_BYTES,
+            MAX_BLOCKS * PARTIAL_WORDS * WORD_BYTES,
             num_ranks * message_words(num_ranks) * WORD_BYTES,
         )
     )

@@ -1,12 +1,13 @@
 #pragma once
-// reads         x and its scale factors, and the routing of the block's range
+// reads         x, and the routing and places of all tokens
 // writes        staged records and arrival marks at the peers
-// waits for     its own bulk stores (admit has let us in)
+// waits for     its own bulk stores (admit has let us in, and await_settled)
 // leaves behind at each peer a whole record before its mark (announce.cuh)
 //
 // A row is loaded once and stored once for each peer that it goes to.
 
 #include <deep_ep/phases/announce.cuh>
+#include <deep_ep/phases/claims.cuh>
 #include <deep_ep/phases/compose.cuh>
 #include <deep_ep/phases/ring.cuh>
 #include <deep_ep/wire/window.cuh>
@@ -20,26 +21,27 @@ struct Rows {
 
 template <class Ring>
 EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, const Routing& routing,
-                       const TokenTables& tables, const Rows& rows, const Record& record, int piece_bytes, Range range,
-                       int first, int step) {
+                       const TokenTables& tables, const Rows& rows, const Record& record, int piece_bytes,
+                       int num_warps) {
   const int lane = device::lane_idx();
   Announcer announcer(window, epoch);
-  int ahead = range.begin + first;  // the token after the one being loaded
-  Choice next = load_choice(routing, tables, ahead, range.end);
+  Claims claims(window, Queue::kSend);
+  int ahead = claims.take();  // the token after the one being loaded
+  Choice next = load_choice(routing, tables, ahead, routing.num_tokens);
   Choice choice = next;
   int token = -1, offset = 0, slot_at_rank = -1;
 
   // The next token that leaves this rank; lane r learns its slot at rank r.
   const auto next_token = [&] {
     EP_NO_UNROLL
-    while (ahead < range.end) {
+    while (ahead < routing.num_tokens) {
       token = ahead;
       choice = next;
-      ahead += step;
+      ahead = claims.take();
       const Selection selection = select(routing, choice.expert);
       uint32_t speakers = device::ballot(selection.speaks && selection.rank != window.rank);
       if (speakers == 0) {
-        next = load_choice(routing, tables, ahead, range.end);
+        next = load_choice(routing, tables, ahead, routing.num_tokens);
         continue;
       }
       slot_at_rank = -1;
@@ -73,7 +75,7 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
     }
     device::sync_warp();
     // Behind the load and, in long rows, before the last piece's fence, which would wait for it.
-    if (offset == 0) next = load_choice(routing, tables, ahead, range.end);
+    if (offset == 0) next = load_choice(routing, tables, ahead, routing.num_tokens);
     offset = last ? 0 : offset + bytes;
     return Filled::kYes;
   };
@@ -90,7 +92,8 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
     }
     ++drained;
     if (ticket.last)
-      announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained, (range.end - ahead) / step);
+      announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained,
+                    (routing.num_tokens - ahead) / num_warps);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();
