@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 import deep_ep
 from tests import oracle
+from tests.elastic import combines
+from tests.elastic.combines import Combine
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Case:
     num_biases: int
     num_sms: int
     spare_tokens: int
+    combining: combines.Options = combines.PLAIN
 
     @staticmethod
     def draw(seed: int, num_ranks: int, largest: int) -> Case:
@@ -49,6 +52,7 @@ class Case:
             num_biases=r.choice([0, 0, 1, 2]),
             num_sms=r.choice([0, 1, 2, 3, 5, 24]),
             spare_tokens=r.choice([0, 0, 5]),
+            combining=combines.Options.draw(r),
         )
 
 
@@ -94,31 +98,30 @@ def run(case: Case, buffer: deep_ep.ElasticBuffer, device: torch.device) -> None
     same("counts by expert", handle.num_unaligned_recv_tokens_per_expert, counts)
     assert handle.num_recv_tokens_per_expert_list == (mine.aligned_list if case.do_cpu_sync else [])
 
-    generator = torch.Generator().manual_seed(case.seed)
-    outputs = [torch.randn(len(d.tokens), case.hidden, generator=generator).bfloat16() for d in expected]
-    out_weights = [torch.rand(len(d.tokens), case.num_topk, generator=generator) for d in expected]
-    biases = [
-        [torch.randn(tokens, case.hidden, generator=generator).bfloat16() for _ in range(case.num_biases)]
-        for tokens in case.tokens
-    ][rank]
-    padded_x = torch.zeros(allocated, case.hidden, dtype=torch.bfloat16, device=device)
-    padded_x[:rows] = outputs[rank].to(device)
-    padded_weights = torch.zeros(allocated, case.num_topk, device=device)
-    padded_weights[:rows] = out_weights[rank].to(device)
-    given = [b.to(device) for b in biases]
-    combined, combined_weights, _ = buffer.combine(
-        padded_x,
+    combine = Combine(
+        case.combining,
+        case.seed,
         handle,
-        topk_weights=padded_weights if case.with_weights else None,
-        bias=given if len(given) == 2 else given[0] if given else None,
+        inputs,
+        expected,
+        buffer,
+        device,
+        case.hidden,
+        with_weights=case.with_weights,
+        num_biases=case.num_biases,
     )
-    sums, gathered = oracle.combine(inputs, outputs, out_weights, expected, rank, case.num_experts, biases)
-    same("combined_x", combined, sums)
-    if case.with_weights:
-        assert combined_weights is not None
-        same("combined_topk_weights", combined_weights, gathered)
+    same_sums(combine, case.with_weights)
+
+
+def same_sums(combine: Combine, with_weights: bool) -> None:
+    """What a combine returned is what the oracle says."""
+    sums, gathered = combine.expected()
+    same("combined_x", combine.combined, sums)
+    if with_weights:
+        assert combine.combined_weights is not None
+        same("combined_topk_weights", combine.combined_weights, gathered)
     else:
-        assert combined_weights is None
+        assert combine.combined_weights is None
 
 
 def same(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:

@@ -6,7 +6,8 @@ import torch
 
 import deep_ep
 from tests import oracle
-from tests.elastic.cases import Case, same
+from tests.elastic.cases import Case, same, same_sums
+from tests.elastic.combines import Combine
 
 
 class Trip:
@@ -38,23 +39,17 @@ class Trip:
             num_sms=case.num_sms,
             do_cpu_sync=case.do_cpu_sync,
         )
-        chance = torch.Generator().manual_seed(case.seed)
-        rows = [len(expected.tokens) for expected in self.expected]
-        self.outputs = [torch.randn(count, case.hidden, generator=chance).bfloat16() for count in rows]
-        self.out_weights = [torch.rand(count, case.num_topk, generator=chance) for count in rows]
-        self.biases = [
-            torch.randn(case.tokens[self.rank], case.hidden, generator=chance).bfloat16()
-            for _ in range(case.num_biases)
-        ]
-        padded_x = torch.zeros(len(self.recv_x), case.hidden, dtype=torch.bfloat16)
-        padded_x[: rows[self.rank]] = self.outputs[self.rank]
-        padded_weights = torch.zeros(len(self.recv_x), case.num_topk)
-        padded_weights[: rows[self.rank]] = self.out_weights[self.rank]
-        self.combined, self.combined_weights, _ = buffer.combine(
-            padded_x,
+        self.combine = Combine(
+            case.combining,
+            case.seed,
             self.handle,
-            topk_weights=padded_weights if case.with_weights else None,
-            bias=self.biases or None,
+            self.inputs,
+            self.expected,
+            buffer,
+            torch.device("cpu"),
+            case.hidden,
+            with_weights=case.with_weights,
+            num_biases=case.num_biases,
         )
 
     def check(self) -> None:
@@ -70,12 +65,7 @@ class Trip:
         same("psum by rank", self.handle.psum_num_recv_tokens_per_scaleup_rank, per_rank)
         aligned = torch.tensor(mine.per_expert_aligned, dtype=torch.int32)
         same("psum by expert", self.handle.psum_num_recv_tokens_per_expert, aligned)
-        sums, gathered = oracle.combine(
-            self.inputs, self.outputs, self.out_weights, self.expected, self.rank, self.case.num_experts, self.biases
-        )
-        same("combined_x", self.combined, sums)
         if self.case.with_weights:
             assert self.recv_weights is not None
-            assert self.combined_weights is not None
             same("recv_topk_weights", self.recv_weights[:rows], mine.weights)
-            same("combined_topk_weights", self.combined_weights, gathered)
+        same_sums(self.combine, self.case.with_weights)
