@@ -14,6 +14,8 @@ MAX_TOPK = 32
 MAX_EXPERTS = 2048
 MAX_BLOCKS = 160
 
+MAX_SCALES = 512  # scale factors of a token: they travel beside its row, and a stage has room for both
+
 WINDOW_ALIGNMENT = 2 << 20  # bytes; a window is mapped in whole pages of 2 MiB
 REGION_ALIGNMENT = 256  # bytes
 CONTROL_BYTES = 256
@@ -51,9 +53,9 @@ class Record:
         return align(self.row_bytes + self.tail_bytes, LINE_BYTES)
 
     @staticmethod
-    def of_dispatch(row_bytes: int, num_topk: int) -> Record:
-        """Row; token number; expert, position and weight of each selection."""
-        return Record(row_bytes, align(16 + 12 * num_topk, SECTOR_BYTES))
+    def of_dispatch(row_bytes: int, num_topk: int, num_scales: int = 0) -> Record:
+        """Row; token number; expert, position and weight of each selection; scale factors."""
+        return Record(row_bytes, align(16 + 12 * num_topk + 4 * num_scales, SECTOR_BYTES))
 
     @staticmethod
     def of_combine(row_bytes: int, num_topk: int) -> Record:
@@ -131,7 +133,10 @@ def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
 def window_bytes(
     num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int, allow_multiple_reduction: bool = True
 ) -> int:
-    """The smallest window, in bytes, for bfloat16 dispatches and combines of these sizes.
+    """The smallest window, in bytes, for dispatches and combines of these sizes.
+
+    Combine returns bfloat16 rows whatever dispatch sent, and no record is larger than that of a bfloat16 dispatch: FP8
+    rows are half as long, and their scale factors (one for every 128 values) far from the other half.
 
     Args:
         num_topk: selections of a token; 0 stands for "unknown", the largest.

@@ -6,6 +6,9 @@ what to do.
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import torch
 
 from deep_ep.event import EventHandle, EventOverlap, Timing
-from deep_ep.layout import MAX_EXPERTS, MAX_TOPK
+from deep_ep.layout import MAX_EXPERTS, MAX_SCALES, MAX_TOPK
 
 MAX_ALIGNMENT = 1 << 16  # rows; aligned counts of all experts stay far inside 32 bits
 YEAR = 365 * 24 * 3600  # seconds
@@ -35,6 +38,26 @@ def is_tensor(name: str, value: Any, dims: str, dtype: torch.dtype, device: torc
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, where this buffer's kernels run, but it is on {value.device}")
     return value
+
+
+def is_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows of a dispatch, [T, H], and their scale factors, [T, P] or None: x is one tensor or a pair."""
+    if not isinstance(x, (tuple, list)):
+        if isinstance(x, torch.Tensor) and x.dtype == torch.float8_e4m3fn:
+            raise TypeError("x is torch.float8_e4m3fn and has no scale factors; pass x as (x8, sf)")
+        return is_row_matrix("x", is_tensor("x", x, "TH", torch.bfloat16, device)), None
+    if len(x) != 2:
+        raise ValueError(f"x must be a tensor or a pair (x8, sf), but it has {len(x)} elements")
+    rows = is_row_matrix("x[0]", is_tensor("x[0]", x[0], "TH", torch.float8_e4m3fn, device))
+    kind = torch.int32 if isinstance(x[1], torch.Tensor) and x[1].dtype == torch.int32 else torch.float32
+    scales = is_tensor("x[1]", x[1], "TP", kind, device)
+    has_rows("x[1]", scales, rows.shape[0], f"x[0] has {rows.shape[0]}; pass one row of scale factors per token")
+    if not 1 <= scales.shape[1] <= MAX_SCALES:
+        raise ValueError(
+            f"x[1] must have 1 to {MAX_SCALES} scale factors a token (one for every 128 values, or four packed into "
+            f"an int32), but its shape is {list(scales.shape)}"
+        )
+    return rows, scales
 
 
 def has_rows(name: str, value: torch.Tensor, rows: int, why: str) -> None:
@@ -65,10 +88,11 @@ def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def carries_no_gradient(call: str, **tensors: torch.Tensor | None) -> None:
-    """None of the tensors asks for a gradient, which would be lost without a word."""
-    for name, tensor in tensors.items():
-        if torch.is_grad_enabled() and isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+def carries_no_gradient(call: str, **values: Any) -> None:
+    """None of the tensors, or of their pairs, asks for a gradient, which would be lost without a word."""
+    for name, value in values.items():
+        tensors = value if isinstance(value, (tuple, list)) else (value,)
+        if torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors):
             raise NotImplementedError(
                 f"{name} requires a gradient, and {call} does not carry gradients in this version; call it under "
                 "torch.no_grad(), or inside a torch.autograd.Function of your own"
@@ -77,33 +101,46 @@ def carries_no_gradient(call: str, **tensors: torch.Tensor | None) -> None:
 
 def is_timeout(name: str, value: Any) -> float:
     """Seconds, more than 0 and at most a year."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number of seconds, but it is a {type(value).__name__}")
-    if not 0 < value <= YEAR:
+    seconds = float(value)
+    if not 0 < seconds <= YEAR:
         raise ValueError(f"{name} must be more than 0 and at most {YEAR} seconds, but it is {value}")
-    return float(value)
+    return seconds
+
+
+def is_speed(name: str, value: Any, may_be_0: bool) -> None:
+    """GB/s, more than 0, or 0 for "unknown" where that is an answer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number of GB/s, but it is a {type(value).__name__}")
+    if not (0 < float(value) < math.inf or (may_be_0 and value == 0)):
+        raise ValueError(f"{name} must be a number of GB/s more than 0, but it is {value}")
 
 
 def is_count(name: str, value: Any, low: int, high: int | None = None, advice: str = "") -> int:
-    """A whole number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """A whole number in [low, high], of any integer type (NumPy's among them), as an int."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, but it is a {type(value).__name__}")
-    if value < low or (high is not None and value > high):
+    if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {bounds}, but it is {value}{'; ' + advice if advice else ''}")
-    return value
+        raise ValueError(f"{name} must be {bounds}, but it is {number}{'; ' + advice if advice else ''}")
+    return number
 
 
 def is_expert_count(value: Any, num_ranks: int) -> int:
     if value is None:
         raise ValueError("num_experts must be given unless a handle is; pass the number of all ranks' experts together")
-    is_count("num_experts", value, 1, MAX_EXPERTS)
-    if value % num_ranks:
+    num_experts = is_count("num_experts", value, 1, MAX_EXPERTS)
+    if num_experts % num_ranks:
         raise ValueError(
-            f"num_experts must be a multiple of the group's {num_ranks} ranks, but it is {value}; pad the experts to "
-            f"{-(-value // num_ranks) * num_ranks}"
+            f"num_experts must be a multiple of the group's {num_ranks} ranks, but it is {num_experts}; pad the "
+            f"experts to {-(-num_experts // num_ranks) * num_ranks}"
         )
-    return int(value)
+    return num_experts
 
 
 def is_topk_idx(value: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

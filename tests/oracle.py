@@ -17,7 +17,8 @@ Plain = tuple[torch.Tensor, torch.Tensor]  # rows [N, H] bfloat16, weights [N, K
 class Inputs:
     """One rank's arguments of a round trip."""
 
-    x: torch.Tensor  # [T, H] bfloat16
+    x: torch.Tensor  # [T, H] bfloat16 or float8_e4m3fn
+    scales: torch.Tensor  # [T, P] int32: any bits; none if P is 0
     topk_idx: torch.Tensor  # [T, K] int64
     weights: torch.Tensor  # [T, K] float32
 
@@ -27,6 +28,7 @@ class Dispatched:
     """What one rank receives."""
 
     x: torch.Tensor
+    scales: torch.Tensor
     topk_idx: torch.Tensor
     weights: torch.Tensor
     metadata: torch.Tensor
@@ -38,14 +40,20 @@ class Dispatched:
 
 
 def draw(
-    seed: int, num_ranks: int, tokens: list[int], hidden: int, num_topk: int, num_experts: int, kind: str = "random"
+    seed: int,
+    num_ranks: int,
+    tokens: list[int],
+    hidden: int,
+    num_scales: int,
+    num_topk: int,
+    num_experts: int,
+    kind: str = "random",
 ) -> list[Inputs]:
     """Inputs of every rank. ``kind``: random, skewed (all to the last rank), masked (no expert), holes (many -1)."""
     generator = np.random.default_rng(seed)
     local = num_experts // num_ranks
     result = []
     for num_tokens in tokens:
-        x = generator.standard_normal((num_tokens, hidden)).astype(np.float32)
         idx = np.full((num_tokens, num_topk), -1, dtype=np.int64)
         for token in range(num_tokens):
             low = num_experts - local if kind == "skewed" else 0
@@ -56,9 +64,21 @@ def draw(
             idx[:] = -1
         if kind == "holes":
             idx[generator.random(idx.shape) < 0.4] = -1
-        weights = generator.random((num_tokens, num_topk)).astype(np.float32)
-        result.append(Inputs(torch.from_numpy(x).bfloat16(), torch.from_numpy(idx), torch.from_numpy(weights)))
+        result.append(_carrying(generator, torch.from_numpy(idx), hidden, num_scales))
     return result
+
+
+def _carrying(generator: np.random.Generator, topk_idx: torch.Tensor, hidden: int, num_scales: int) -> Inputs:
+    """Tokens with these selections. With scale factors, rows and factors are any bits: nobody is to look at them."""
+    num_tokens, num_topk = topk_idx.shape
+    if num_scales:
+        x = torch.from_numpy(generator.integers(0, 256, (num_tokens, hidden), dtype=np.uint8))
+        x = x.view(torch.float8_e4m3fn)
+    else:
+        x = torch.from_numpy(generator.standard_normal((num_tokens, hidden)).astype(np.float32)).bfloat16()
+    scales = torch.from_numpy(generator.integers(-(1 << 31), 1 << 31, (num_tokens, num_scales), dtype=np.int32))
+    weights = torch.from_numpy(generator.random((num_tokens, num_topk)).astype(np.float32))
+    return Inputs(x, scales, topk_idx, weights)
 
 
 def dispatch(inputs: list[Inputs], rank: int, num_experts: int, max_tokens: int, alignment: int) -> Dispatched:
@@ -94,13 +114,11 @@ def dispatch(inputs: list[Inputs], rank: int, num_experts: int, max_tokens: int,
                 metadata[row, 1] = source * num_topk + k
                 metadata[row, 2 + k] = next_row[here]
                 next_row[here] += 1
-    hidden = inputs[0].x.shape[1]
-    x = torch.stack([inputs[s].x[t] for s, t in tokens]) if tokens else torch.empty(0, hidden, dtype=torch.bfloat16)
-    weights = torch.stack([inputs[s].weights[t] for s, t in tokens]) if tokens else torch.empty(0, num_topk)
     return Dispatched(
-        x=x,
+        x=torch.stack([inputs[s].x[t] for s, t in tokens]) if tokens else inputs[0].x[:0],
+        scales=torch.stack([inputs[s].scales[t] for s, t in tokens]) if tokens else inputs[0].scales[:0],
         topk_idx=idx,
-        weights=weights,
+        weights=torch.stack([inputs[s].weights[t] for s, t in tokens]) if tokens else inputs[0].weights[:0],
         metadata=metadata,
         per_rank=np.cumsum(per_rank).tolist(),
         per_expert_aligned=np.cumsum(aligned).tolist(),

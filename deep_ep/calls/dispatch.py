@@ -9,19 +9,38 @@ import torch
 
 from deep_ep import layout, plan, validate
 from deep_ep.calls.endpoint import Endpoint, Half, Tensors
+from deep_ep.calls.payload import Payload
 from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer, set_launch_fields
-from deep_ep.ops.dispatch import Counts, DispatchArgs, Places, Received, dispatch_kernel
+from deep_ep.ops.dispatch import Counts, DispatchArgs, Places, Received, Scales, dispatch_kernel
 
-DispatchResult = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]
+TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+DispatchResult = tuple[TokensOrPair, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of a dispatch as they were given; nobody has looked at them yet."""
+
+    x: Any
+    topk_idx: Any
+    topk_weights: Any
+    num_experts: Any
+    num_max_tokens_per_rank: Any
+    expert_alignment: Any
+    num_sms: Any
+    do_handle_copy: bool
+    do_cpu_sync: bool | None
+    use_tma_aligned_col_major_sf: bool
+    timing: Timing
 
 
 @dataclass(frozen=True)
 class DispatchRequest:
     """A dispatch whose arguments are right. T tokens of H elements, K selections each."""
 
-    x: torch.Tensor  # [T, H]
+    payload: Payload  # [T, H]
     topk_idx: torch.Tensor  # [T, K]
     weights: torch.Tensor | None  # [T, K]
     num_experts: int
@@ -31,47 +50,36 @@ class DispatchRequest:
     record: layout.Record
     exact_sizes: bool  # the host waits for the counts
     copy_topk_idx: bool
+    col_major_scales: bool
     timing: Timing
 
 
-def check_dispatch(
-    endpoint: Endpoint,
-    x: Any,
-    topk_idx: Any,
-    topk_weights: Any,
-    num_experts: Any,
-    max_tokens: Any,
-    alignment: Any,
-    num_sms: Any,
-    *,
-    exact_sizes: bool,
-    copy_topk_idx: bool,
-    timing: Timing,
-) -> DispatchRequest:
+def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
     """Look at everything that a user may get wrong; nothing has happened yet when this raises.
 
     Raises:
         ValueError, TypeError: naming the argument.
     """
     device = endpoint.device
-    validate.carries_no_gradient("dispatch", x=x, topk_weights=topk_weights)
-    x = validate.is_row_matrix("x", validate.is_tensor("x", x, "TH", torch.bfloat16, device))
-    num_tokens, hidden = x.shape
-    topk_idx = validate.is_topk_idx(topk_idx, num_tokens, validate.topk_idx_t, device)
+    payload = _check_payload(asked, device)
+    num_tokens = payload.rows.shape[0]
+    topk_idx = validate.is_topk_idx(asked.topk_idx, num_tokens, validate.topk_idx_t, device)
     num_topk = topk_idx.shape[1]
-    weights = validate.is_weights(topk_weights, "topk_weights", num_tokens, num_topk, device)
-    num_experts = validate.is_expert_count(num_experts, endpoint.num_ranks)
+    weights = validate.is_weights(asked.topk_weights, "topk_weights", num_tokens, num_topk, device)
+    num_experts = validate.is_expert_count(asked.num_experts, endpoint.num_ranks)
+    alignment = 1 if asked.expert_alignment is None else asked.expert_alignment
     alignment = validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT)
-    record = layout.Record.of_dispatch(hidden * x.element_size(), num_topk)
-    max_tokens = endpoint.fitting_tokens(max_tokens, num_tokens, record)
-    num_sms = endpoint.num_sms(num_sms)
-    validate.is_timing(timing)
+    record = payload.record(num_topk)
+    max_tokens = endpoint.fitting_tokens(asked.num_max_tokens_per_rank, num_tokens, record)
+    num_sms = endpoint.num_sms(asked.num_sms)
+    validate.is_timing(asked.timing)
+    exact_sizes = asked.do_cpu_sync is None or asked.do_cpu_sync
     if exact_sizes:
         endpoint.refuse_capture("do_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
     if endpoint.environment.buffer_debug:
         validate.are_valid_selections(topk_idx, num_experts)
     return DispatchRequest(
-        x=x,
+        payload=payload,
         topk_idx=topk_idx,
         weights=weights,
         num_experts=num_experts,
@@ -80,16 +88,28 @@ def check_dispatch(
         num_sms=num_sms,
         record=record,
         exact_sizes=exact_sizes,
-        copy_topk_idx=copy_topk_idx,
-        timing=timing,
+        copy_topk_idx=asked.do_handle_copy,
+        col_major_scales=asked.use_tma_aligned_col_major_sf,
+        timing=asked.timing,
     )
+
+
+def _check_payload(asked: Asked, device: torch.device) -> Payload:
+    validate.carries_no_gradient("dispatch", x=asked.x, topk_weights=asked.topk_weights)
+    payload = Payload(*validate.is_payload(asked.x, device))
+    if asked.use_tma_aligned_col_major_sf and payload.scales is None:
+        raise ValueError(
+            "use_tma_aligned_col_major_sf says how to lay out scale factors, but x has none; pass x as (x8, sf), or "
+            "leave it out"
+        )
+    return payload
 
 
 @dataclass(frozen=True)
 class Outputs:
     """What a dispatch fills, with room for ``rows`` tokens."""
 
-    x: torch.Tensor  # [rows, H]
+    payload: Payload  # [rows, H]
     topk_idx: torch.Tensor  # [rows, K]
     weights: torch.Tensor | None  # [rows, K] float32
     metadata: torch.Tensor  # [rows, K+2] int32
@@ -100,15 +120,15 @@ class Outputs:
 
     @staticmethod
     def allocate(request: DispatchRequest, rows: int, num_ranks: int) -> Outputs:
-        x, topk_idx = request.x, request.topk_idx
-        hidden, num_topk, local_experts = x.shape[1], topk_idx.shape[1], request.num_experts // num_ranks
-        sums = x.new_empty(num_ranks + 2 * local_experts, dtype=torch.int32)
+        topk_idx = request.topk_idx
+        num_topk, local_experts = topk_idx.shape[1], request.num_experts // num_ranks
+        sums = topk_idx.new_empty(num_ranks + 2 * local_experts, dtype=torch.int32)
         per_rank, per_expert_aligned, per_expert = torch.split(sums, [num_ranks, local_experts, local_experts])
         return Outputs(
-            x.new_empty((rows, hidden)),
+            request.payload.new_empty(rows, col_major_scales=request.col_major_scales),
             topk_idx.new_empty((rows, num_topk)),
             None if request.weights is None else request.weights.new_empty((rows, num_topk)),
-            x.new_empty((rows, num_topk + 2), dtype=torch.int32),
+            topk_idx.new_empty((rows, num_topk + 2), dtype=torch.int32),
             sums,
             per_rank,
             per_expert_aligned,
@@ -117,21 +137,22 @@ class Outputs:
 
     @property
     def rows(self) -> int:
-        return self.x.shape[0]
+        return self.payload.rows.shape[0]
 
     @property
     def tensors(self) -> Tensors:
         """All memory that the kernel writes."""
-        return self.x, self.topk_idx, self.weights, self.metadata, self.sums
+        return self.payload.rows, self.payload.scales, self.topk_idx, self.weights, self.metadata, self.sums
 
     def fill_in(self, args: DispatchArgs) -> None:
         """Tell the kernel where they are."""
         args.received = Received(
-            x=self.x.data_ptr(),
-            stride=self.x.shape[1] * self.x.element_size(),
+            x=self.payload.rows.data_ptr(),
+            stride=self.payload.row_bytes,
             topk_idx=self.topk_idx.data_ptr(),
             weights=pointer(self.weights),
             metadata=self.metadata.data_ptr(),
+            scales=Scales.of(self.payload.scales),
             rows=self.rows,
         )
         args.counts = Counts(self.per_rank.data_ptr(), self.per_expert_aligned.data_ptr(), self.per_expert.data_ptr())
@@ -150,7 +171,7 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
         # Slots and positions: as this rank sent them, then as it keeps them.
         places = topk_idx.new_empty((4, *topk_idx.shape), dtype=torch.int32)
     args = _arguments(endpoint, request, topk_idx, weights, places, launch)
-    reads: Tensors = (request.x, topk_idx, weights)
+    reads: Tensors = (request.payload.rows, request.payload.scales, topk_idx, weights)
 
     def run(half: Half, *writes: torch.Tensor | None) -> None:
         endpoint.launch(
@@ -180,7 +201,7 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
     event = order.end((*reads, request.topk_idx), (topk_idx, kept_idx, weights, places, *outputs.tensors))
 
     handle = _handle(endpoint, request, outputs, counts, kept_idx, slots=places[0])
-    return outputs.x, outputs.topk_idx, outputs.weights, handle, event
+    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
 
 
 def _arguments(
@@ -198,8 +219,9 @@ def _arguments(
         patience=endpoint.patience_argument,
         routing=Routing.of(topk_idx, request.num_experts, endpoint.num_ranks, request.max_tokens),
         record=RecordShape.of(request.record),
-        rows=Rows.of(request.x),
+        rows=Rows.of(request.payload.rows),
         weights=pointer(weights),
+        scales=Scales.of(request.payload.scales),
         sent=Places(slots, positions),
         kept=Places(kept_slots, kept_positions),
         alignment=request.alignment,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from dataclasses import astuple, dataclass
 
+import torch
+
 from deep_ep.jit import Kernel
 from deep_ep.ops.arguments import LAUNCH_FIELDS, Patience, RecordShape, Routing, Rows, Window
 from deep_ep.plan import Roles
@@ -20,6 +22,21 @@ class DispatchConfig:
     num_receive_storing: int
 
 
+class Scales(ctypes.Structure):
+    _fields_ = [
+        ("words", ctypes.c_void_p),
+        ("token_stride", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("count", ctypes.c_int32),
+    ]
+
+    @staticmethod
+    def of(scales: torch.Tensor | None) -> Scales:
+        if scales is None:
+            return Scales()
+        return Scales(scales.data_ptr(), scales.stride(0), scales.stride(1), scales.shape[1])
+
+
 class Received(ctypes.Structure):
     _fields_ = [
         ("x", ctypes.c_void_p),
@@ -27,6 +44,7 @@ class Received(ctypes.Structure):
         ("topk_idx", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("metadata", ctypes.c_void_p),
+        ("scales", Scales),
         ("rows", ctypes.c_int32),
     ]
 
@@ -51,6 +69,7 @@ class DispatchArgs(ctypes.Structure):
         ("record", RecordShape),
         ("rows", Rows),
         ("weights", ctypes.c_void_p),
+        ("scales", Scales),
         ("sent", Places),
         ("kept", Places),
         ("received", Received),

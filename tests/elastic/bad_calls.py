@@ -120,6 +120,26 @@ def wrong_x(t: Table) -> Iterator[Mistake]:
     yield t.mistake(ValueError, "num_max_tokens_per_rank 32 with 524288 bytes a token", x=t.bf16(TOKENS, 1 << 18))
 
 
+def wrong_fp8(t: Table) -> Iterator[Mistake]:
+    """Quantised tokens, and what goes with them."""
+    x8, sf = t.x.to(torch.float8_e4m3fn), torch.ones(TOKENS, 1, device=t.device)
+    yield t.mistake(TypeError, "x is torch.float8_e4m3fn and has no scale factors; pass x as (x8, sf)", x=x8)
+    yield t.mistake(ValueError, "x must be a tensor or a pair (x8, sf), but it has 3 elements", x=(x8, sf, sf))
+    yield t.mistake(ValueError, "x must be a tensor or a pair (x8, sf), but it has 1 elements", x=[x8])
+    yield t.mistake(TypeError, "x[0] must be torch.float8_e4m3fn, but it is torch.bfloat16", x=(t.x, sf))
+    yield t.mistake(TypeError, "x[0] must be a torch.Tensor [T, H] of torch.float8_e4m3fn", x=(None, sf))
+    yield t.mistake(ValueError, "x[0] has rows of 24 x 1 bytes", x=(x8[:, :24], sf))
+    yield t.mistake(TypeError, "x[1] must be torch.float32, but it is torch.float16", x=(x8, sf.half()))
+    yield t.mistake(TypeError, "x[1] must be a torch.Tensor [T, P] of torch.float32, but it is a float", x=(x8, 1.0))
+    yield t.mistake(ValueError, "x[1] must be [T, P], but its shape is [6]", x=(x8, sf[:, 0]))
+    yield t.mistake(ValueError, "x[1] has 5 rows but x[0] has 6", x=(x8, sf[:5]))
+    yield t.mistake(ValueError, "1 to 512 scale factors a token", x=(x8, sf[:, :0]))
+    yield t.mistake(ValueError, "1 to 512 scale factors a token", x=(x8, sf.expand(TOKENS, 513)))
+    yield t.mistake(ValueError, f"x[1] must be on {t.device}", x=(x8, sf.to("meta")))
+    text = "use_tma_aligned_col_major_sf says how to lay out scale factors, but x has none"
+    yield t.mistake(ValueError, text, use_tma_aligned_col_major_sf=True)
+
+
 def wrong_routing(t: Table) -> Iterator[Mistake]:
     """Selections, weights and counts of experts."""
     idx, weights = t.topk_idx, t.weights
@@ -172,11 +192,9 @@ def not_there_yet(t: Table) -> Iterator[Mistake]:
         {"handle": t.handle},
         {"do_expand": True},
         {"do_zero_padding": True},
-        {"use_tma_aligned_col_major_sf": True},
     ):
         (name,) = changes
         yield t.mistake(NotImplementedError, f"{name} is not there yet", **changes)
-    yield t.mistake(NotImplementedError, "x as (x8, sf) is not there yet", x=(t.x, t.x))
 
 
 def wrong_combines(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -> Iterator[Mistake]:
@@ -305,6 +323,7 @@ def main() -> int:
     table = Table(buffer, device)
     mistakes = [
         *wrong_x(table),
+        *wrong_fp8(table),
         *wrong_routing(table),
         *wrong_sizes(table),
         *not_there_yet(table),

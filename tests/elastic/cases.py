@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ import deep_ep
 from tests import oracle
 from tests.elastic import combines
 from tests.elastic.combines import Combine
+from tests.elastic.dispatches import Dispatch, Options, check_handle
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class Case:
     num_biases: int
     num_sms: int
     spare_tokens: int
+    options: Options | None = None  # of the dispatch; None: a plain one of bfloat16 rows
     combining: combines.Options = combines.PLAIN
+
+    @property
+    def first(self) -> Options:
+        return self.options or Options(self.hidden, self.with_weights)
 
     @staticmethod
     def draw(seed: int, num_ranks: int, largest: int) -> Case:
@@ -39,7 +45,7 @@ class Case:
         num_topk = r.choice([1, 2, 3, 4, 6, 8, 8, 8, 13, 32])
         local = r.choice([1, 2, 3, 4, 8, 32])
         tokens = tuple(r.choice([0, 1, r.randint(0, 8), r.randint(0, largest)]) for _ in range(num_ranks))
-        return Case(
+        case = Case(
             seed=seed,
             tokens=tokens,
             hidden=8 * r.choice([1, 2, 3, 16, r.randint(1, 64), 128]),
@@ -52,88 +58,72 @@ class Case:
             num_biases=r.choice([0, 0, 1, 2]),
             num_sms=r.choice([0, 1, 2, 3, 5, 24]),
             spare_tokens=r.choice([0, 0, 5]),
-            combining=combines.Options.draw(r),
         )
+        options = Options.draw(r, case.hidden, case.with_weights)
+        return replace(case, options=options, combining=combines.Options.draw(r))
+
+
+class Trip:
+    """Starts a dispatch and its combine; check() looks at the results. The rows to combine are drawn, so they need no
+    result of the dispatch, and both calls may be under way at once.
+
+    Args:
+        case: the same on all ranks.
+        buffer: of this rank; its calls may leave their results for later.
+    """
+
+    def __init__(self, case: Case, buffer: deep_ep.ElasticBuffer, device: torch.device) -> None:
+        self.case, self.rank = case, buffer.rank_idx
+        num_ranks, options = buffer.num_ranks, case.first
+        shape = (options.hidden, options.num_scales, case.num_topk, case.num_experts)
+        self.inputs = oracle.draw(case.seed, num_ranks, list(case.tokens), *shape, case.kind)
+        max_tokens = max(1, *case.tokens) + case.spare_tokens
+        self.expected = [
+            oracle.dispatch(self.inputs, rank, case.num_experts, max_tokens, case.alignment)
+            for rank in range(num_ranks)
+        ]
+        mine = self.expected[self.rank]
+        allocated = len(mine.tokens) if case.do_cpu_sync else num_ranks * max_tokens
+        self.dispatch = Dispatch(
+            options,
+            self.inputs,
+            mine,
+            buffer,
+            device,
+            allocated,
+            topk_idx=self.inputs[self.rank].topk_idx.to(device, deep_ep.topk_idx_t),
+            num_experts=case.num_experts,
+            num_max_tokens_per_rank=max_tokens,
+            expert_alignment=case.alignment,
+            num_sms=case.num_sms,
+            do_cpu_sync=case.do_cpu_sync,
+        )
+        assert self.dispatch.handle.num_recv_tokens == allocated
+        self.combine = Combine(
+            case.combining,
+            case.seed,
+            self.dispatch.handle,
+            self.inputs,
+            self.expected,
+            buffer,
+            device,
+            case.hidden,
+            with_weights=case.with_weights,
+            num_biases=case.num_biases,
+        )
+
+    def check(self) -> None:
+        """Everything that the calls returned, bit for bit; the kernels have run. Raises AssertionError, naming what
+        differs."""
+        case = self.case
+        self.dispatch.check()
+        check_handle(self.dispatch.handle, self.expected[self.rank], exact_sizes=case.do_cpu_sync)
+        self.combine.check()
 
 
 def run(case: Case, buffer: deep_ep.ElasticBuffer, device: torch.device) -> None:
     """Dispatch and combine; raises AssertionError, naming what differs."""
-    rank, num_ranks = buffer.rank_idx, buffer.num_ranks
-    inputs = oracle.draw(
-        case.seed, num_ranks, list(case.tokens), case.hidden, case.num_topk, case.num_experts, case.kind
-    )
-    max_tokens = max(1, *case.tokens) + case.spare_tokens
-    own = inputs[rank]
-    expected = [oracle.dispatch(inputs, r, case.num_experts, max_tokens, case.alignment) for r in range(num_ranks)]
-    mine = expected[rank]
-
-    recv_x, recv_idx, recv_weights, handle, event = buffer.dispatch(
-        own.x.to(device),
-        topk_idx=own.topk_idx.to(device, deep_ep.topk_idx_t),
-        topk_weights=own.weights.to(device) if case.with_weights else None,
-        num_experts=case.num_experts,
-        num_max_tokens_per_rank=max_tokens,
-        expert_alignment=case.alignment,
-        num_sms=case.num_sms,
-        do_cpu_sync=case.do_cpu_sync,
-    )
-    assert event.event is None
-    rows = len(mine.tokens)
-    allocated = rows if case.do_cpu_sync else num_ranks * max_tokens
-    same("recv_x", recv_x[:rows], mine.x)
-    assert recv_x.shape[0] == allocated == handle.num_recv_tokens
-    assert recv_idx is not None
-    same("recv_topk_idx", recv_idx[:rows], mine.topk_idx.to(deep_ep.topk_idx_t))
-    assert bool((recv_idx[rows:] == -1).all()), "rows past the real count must say -1"
-    if case.with_weights:
-        assert recv_weights is not None
-        same("recv_topk_weights", recv_weights[:rows], mine.weights)
-    else:
-        assert recv_weights is None
-    same("recv_src_metadata", handle.recv_src_metadata[:rows], mine.metadata)
-    same("psum by rank", handle.psum_num_recv_tokens_per_scaleup_rank, torch.tensor(mine.per_rank, dtype=torch.int32))
-    aligned = torch.tensor(mine.per_expert_aligned, dtype=torch.int32)
-    same("psum by expert", handle.psum_num_recv_tokens_per_expert, aligned)
-    counts = torch.tensor(mine.per_expert, dtype=torch.int32)
-    same("counts by expert", handle.num_unaligned_recv_tokens_per_expert, counts)
-    assert handle.num_recv_tokens_per_expert_list == (mine.aligned_list if case.do_cpu_sync else [])
-
-    combine = Combine(
-        case.combining,
-        case.seed,
-        handle,
-        inputs,
-        expected,
-        buffer,
-        device,
-        case.hidden,
-        with_weights=case.with_weights,
-        num_biases=case.num_biases,
-    )
-    same_sums(combine, case.with_weights)
-
-
-def same_sums(combine: Combine, with_weights: bool) -> None:
-    """What a combine returned is what the oracle says."""
-    sums, gathered = combine.expected()
-    same("combined_x", combine.combined, sums)
-    if with_weights:
-        assert combine.combined_weights is not None
-        same("combined_topk_weights", combine.combined_weights, gathered)
-    else:
-        assert combine.combined_weights is None
-
-
-def same(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
-    got = got.cpu()
-    assert got.shape == expected.shape, f"{what} is {list(got.shape)}, expected {list(expected.shape)}"
-    assert got.dtype == expected.dtype, f"{what} is {got.dtype}, expected {expected.dtype}"
-    as_bits = {torch.bfloat16: torch.int16, torch.float32: torch.int32}.get(got.dtype, got.dtype)
-    wrong = (got.view(as_bits) != expected.view(as_bits)).nonzero()
-    if len(wrong):
-        at = tuple(wrong[0].tolist())
-        count = f"{len(wrong)} of {got.numel()} places"
-        raise AssertionError(f"{what} differs in {count}, first at {at}: {got[at]}, expected {expected[at]}")
+    Trip(case, buffer, device).check()
 
 
 def agree_on_failure(error: BaseException | None, group: dist.ProcessGroup) -> list[str]:

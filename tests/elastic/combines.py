@@ -9,6 +9,7 @@ import torch
 
 import deep_ep
 from tests import oracle
+from tests.elastic.dispatches import same
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Combine:
         num_biases: int,
     ) -> None:
         self.options, self.inputs, self.dispatched = options, inputs, dispatched
-        self.rank, self.num_experts = buffer.rank_idx, handle.num_experts
+        self.rank, self.num_experts, self.with_weights = buffer.rank_idx, handle.num_experts, with_weights
         chance = torch.Generator().manual_seed(seed)
         num_topk = inputs[0].topk_idx.shape[1]
         counts = [sum(d.aligned_list) if options.expanded else len(d.tokens) for d in dispatched]
@@ -91,7 +92,17 @@ class Combine:
         padded[places] = values[places]
         return padded
 
-    def expected(self) -> oracle.Plain:
+    def check(self) -> None:
+        """Raises AssertionError, naming what differs."""
+        sums, weights = self._expected()
+        same("combined_x", self.combined, sums)
+        if self.with_weights:
+            assert self.combined_weights is not None
+            same("combined_topk_weights", self.combined_weights, weights)
+        else:
+            assert self.combined_weights is None
+
+    def _expected(self) -> oracle.Plain:
         outputs, out_weights = self.outputs, self.out_weights
         if self.options.expanded and self.options.multiple_reduction:
             reduced = map(oracle.reduce_expanded, outputs, out_weights, self.dispatched)

@@ -125,6 +125,7 @@ class ThreadMachine:
     name = "simulated"
     device = torch.device("cpu")
     shared_bytes_per_block = SHARED_BYTES_PER_BLOCK
+    wire_gbs: float | None = None
     comm_stream = None
 
     def __init__(self, group: Group, ranks: Ranks) -> None:
@@ -178,7 +179,13 @@ class ThreadMachine:
     def _is_window(self, address: int) -> bool:
         return any(window.contains(address) for window in self._windows)
 
-    def barrier(self) -> None:
+    def current_capture(self) -> int:
+        return 0
+
+    def barrier(self, stream: Any = None) -> None:
+        self.meet()
+
+    def meet(self) -> None:
         self._ranks.meeting.ask(self.rank, None, lambda nothing: nothing)
 
     def all_gather_object(self, value: T) -> list[T]:

@@ -25,7 +25,6 @@ from deep_ep.plan import CombineRoles, Crew, Roles, RolesOfMachine
 from tests import oracle
 from tests.elastic import cases
 from tests.sim.ranks import Buffer, Group, Ranks, Settings
-from tests.sim.trips import Trip
 
 # Few, because each is two compiles; odd counts of warps and stages among them. Crew: warps, stages, of those storing.
 ROLES = (
@@ -93,7 +92,10 @@ class Story:
         if race:  # long rows and many experts are more of the same
             drawn = tuple(
                 replace(
-                    case, hidden=min(case.hidden, 512), num_experts=num_ranks * min(case.num_experts // num_ranks, 4)
+                    case,
+                    hidden=min(case.hidden, 512),
+                    options=replace(case.first, hidden=min(case.first.hidden, 512)),
+                    num_experts=num_ranks * min(case.num_experts // num_ranks, 4),
                 )
                 for case in drawn
             )
@@ -146,7 +148,7 @@ def tell(story: Story, world: World, toolchain: jit.Gxx) -> int:
         for case in story.cases[:num_alone]:
             cases.run(case, buffer, torch.device("cpu"))
         buffer.overlaps = True
-        trips = [Trip(case, buffer) for case in story.cases[num_alone:]]
+        trips = [cases.Trip(case, buffer, torch.device("cpu")) for case in story.cases[num_alone:]]
         buffer.run()
         for trip in trips:
             trip.check()

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from tests.elastic.combines import Options
+from tests.elastic import combines
 from tests.sim import swarm
 
 NUM_SEEDS, NUM_RACE_SEEDS = 320, 36
@@ -43,9 +43,13 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {1, 2, 8, 32} <= {case.num_topk for case in cases}
     assert {0, 1, 2} == {case.num_biases for case in cases}
     assert {case.do_cpu_sync for case in cases} == {case.with_weights for case in cases} == {False, True}
-    assert {case.combining for case in cases} == {
-        Options(*flags) for flags in itertools.product([False, True], repeat=2)
-    }
+    flags = itertools.product([False, True], repeat=2)
+    assert {case.combining for case in cases} == {combines.Options(*each) for each in flags}
+    options = [case.first for case in cases]
+    assert {0, 1, 8} <= {each.num_scales for each in options}
+    assert any(each.num_scales > 64 for each in options), "more than a token's lanes hold ahead"
+    assert {"rows", "columns", "gaps"} == {each.scale_strides for each in options}
+    assert {each.packed for each in options} == {each.col_major_scales for each in options} == {False, True}
     assert any(max(case.tokens) == 0 for case in cases)
     assert any(0 in case.tokens and max(case.tokens) > 1 for case in cases)
     assert any(story.num_overlapping > 2 for story in stories)

@@ -64,6 +64,7 @@ def test_size_hint_fits(num_ranks: int, tokens: int, hidden: int, num_topk: int)
     for k in [num_topk] if num_topk else [1, MAX_TOPK]:
         assert window.fits(tokens, Record.of_dispatch(2 * hidden, k))
         assert window.fits(tokens, Record.of_combine(2 * hidden, k))
+        assert window.fits(tokens, Record.of_dispatch(align(hidden, 16), k, -(-hidden // 128)))  # FP8
 
 
 @given(num_ranks=RANKS, tokens=TOKENS, hidden=HIDDEN, num_topk=TOPK)
@@ -103,10 +104,11 @@ def test_a_usual_size() -> None:
     assert rows < window_bytes(8, 4096, 7168, 8) < 1.05 * rows
 
 
-@given(row_bytes=st.integers(1, 2048).map(lambda n: 16 * n), num_topk=TOPK)
-def test_records(row_bytes: int, num_topk: int) -> None:
-    sent, back = Record.of_dispatch(row_bytes, num_topk), Record.of_combine(row_bytes, num_topk)
-    assert sent.tail_bytes >= 4 * (4 + 3 * num_topk)  # token and padding; expert, position and weight of each selection
+@given(row_bytes=st.integers(1, 2048).map(lambda n: 16 * n), num_topk=TOPK, num_scales=st.integers(0, 512))
+def test_records(row_bytes: int, num_topk: int, num_scales: int) -> None:
+    sent, back = Record.of_dispatch(row_bytes, num_topk, num_scales), Record.of_combine(row_bytes, num_topk)
+    # Token and padding; expert, position and weight of each selection; scale factors.
+    assert sent.tail_bytes >= 4 * (4 + 3 * num_topk + num_scales)
     assert back.tail_bytes >= 4 * num_topk
     for record in (sent, back):
         assert record.tail_bytes % layout.SECTOR_BYTES == 0

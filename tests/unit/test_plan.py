@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deep_ep import plan
-from deep_ep.layout import MAX_EXPERTS, MAX_RANKS, MAX_TOPK, Record
+from deep_ep.layout import MAX_EXPERTS, MAX_RANKS, MAX_SCALES, MAX_TOPK, Record
 from deep_ep.plan import ROLES, CombineRoles, Crew, Roles, RolesOfMachine
 
 SHARED_LIMIT = 232448  # bytes that a block has on sm_90 and sm_100, and in simulation
@@ -49,12 +49,13 @@ def test_ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int) -> None:
     num_topk=st.integers(1, MAX_TOPK),
     num_ranks=st.integers(1, MAX_RANKS),
     local_experts=st.integers(1, MAX_EXPERTS),
+    num_scales=st.integers(0, MAX_SCALES),
 )
 def test_every_dispatch_fits(
-    roles: RolesOfMachine, row_bytes: int, num_topk: int, num_ranks: int, local_experts: int
+    roles: RolesOfMachine, row_bytes: int, num_topk: int, num_ranks: int, local_experts: int, num_scales: int
 ) -> None:
     num_experts = num_ranks * min(local_experts, MAX_EXPERTS // num_ranks)
-    record = Record.of_dispatch(row_bytes, num_topk)
+    record = Record.of_dispatch(row_bytes, num_topk, num_scales)
     launch = plan.plan_dispatch(roles.dispatch, record, num_experts, num_ranks, SHARED_LIMIT)
     assert launch.tables_bytes == plan.tables_bytes(num_experts, num_ranks)
     assert launch.tables_bytes % 128 == 0
@@ -96,16 +97,25 @@ def test_some_block_sends(send_share: float, num_blocks: int) -> None:
 
 
 @given(
-    num_ranks=st.integers(1, MAX_RANKS), nvlink_gbs=st.floats(1, 2000), sm_write_gbs=st.floats(0, 500, allow_nan=False)
+    num_ranks=st.integers(1, MAX_RANKS),
+    nvlink_gbs=st.floats(1, 2000),
+    sm_read_gbs=st.floats(0.1, 500),
+    sm_write_gbs=st.floats(0.1, 500),
 )
-def test_theoretical_num_sms(num_ranks: int, nvlink_gbs: float, sm_write_gbs: float) -> None:
-    num_sms = plan.theoretical_num_sms(num_ranks, nvlink_gbs, sm_write_gbs)
+def test_theoretical_num_sms(num_ranks: int, nvlink_gbs: float, sm_read_gbs: float, sm_write_gbs: float) -> None:
+    num_sms = plan.theoretical_num_sms(num_ranks, nvlink_gbs, sm_read_gbs, sm_write_gbs)
     assert num_sms >= 4
     assert num_sms % 2 == 0
-    assert num_sms <= plan.theoretical_num_sms(num_ranks, nvlink_gbs + 100, sm_write_gbs)
+    assert num_sms <= plan.theoretical_num_sms(num_ranks, nvlink_gbs + 100, sm_read_gbs, sm_write_gbs)
+    assert num_sms >= plan.theoretical_num_sms(num_ranks, nvlink_gbs, sm_read_gbs, sm_write_gbs + 100)
 
 
 def test_theoretical_num_sms_of_h200() -> None:
     """365 GB/s times 3 bytes written for each on the link of 2 ranks, times 2 1/7 of 8, over 50 GB/s an SM."""
     assert plan.theoretical_num_sms(2) == 22
     assert plan.theoretical_num_sms(8) == 16
+
+
+def test_what_kernels_reach_of_a_link() -> None:
+    assert plan.nvlink_gbs(None) == plan.nvlink_gbs(18 * 26.5625) == 365
+    assert plan.nvlink_gbs(18 * 53.125) == 730

@@ -43,6 +43,7 @@ struct DispatchArgs {
   Record record;
   Rows rows;
   const float* weights;  // [num_tokens, num_topk] or null
+  Scales scales;         // [num_tokens, count]
   Places sent;           // what senders work out; in a launch without senders, what an earlier one did
   Places kept;           // what receivers work out for themselves, so that no half waits for the other
   Received received;
@@ -85,7 +86,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   const Blocks team = team_of_block(a.num_send_blocks);
   const Range range = part_of({0, a.routing.num_tokens}, team.own(), team.count);
   const Places& places = receiver && a.num_send_blocks > 0 ? a.kept : a.sent;
-  const TokenTables token_tables{places.slots, places.positions, a.weights};
+  const TokenTables token_tables{places.slots, places.positions, a.weights, a.scales};
   const int experts_per_rank = a.routing.experts_per_rank, warp = device::warp_idx();
   char* rings = device::shared_memory<char>(a.tables_bytes);
   const auto good = [&] { return device::load_relaxed_gpu(tables.ok) != 0; };

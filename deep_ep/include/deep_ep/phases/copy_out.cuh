@@ -1,6 +1,6 @@
 #pragma once
 // reads         own rows of x; staged records of the peers
-// writes        recv_x, recv_topk_idx, recv_topk_weights, recv_src_metadata
+// writes        recv_x and its scale factors, recv_topk_idx, recv_topk_weights, recv_src_metadata
 // waits for     the arrival marks: it takes whatever has come
 // leaves behind every received row in its final place
 //
@@ -19,6 +19,7 @@ struct Received {
   void* topk_idx;     // [rows, num_topk], as wide as the sender's indices
   float* weights;     // [rows, num_topk] or null
   int32_t* metadata;  // [rows, num_topk + 2]
+  Scales scales;      // [rows, count]
   int32_t rows;       // allocated
 };
 
@@ -148,6 +149,8 @@ EP_DEVICE void land_tail(const Window& window, const Routing& routing, const Tab
     }
     if (out.weights != nullptr) out.weights[entry] = tail.weight(k);
   }
+  EP_NO_UNROLL
+  for (int i = k; i < out.scales.count; i += 32) out.scales.at(row, i) = tail.scale(i);
 }
 
 template <class Ring>
@@ -199,7 +202,7 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
     const int bytes = min_of(piece_bytes, record.row_bytes - offset);
     const bool last = offset + bytes == record.row_bytes;
     const bool composed = source == window.rank;
-    if (last && composed) compose_tail(routing, token, choice, stage.data + bytes);
+    if (last && composed) compose_tail(routing, token_tables.scales, token, choice, stage.data + bytes);
     device::fence_async_proxy_shared();
     device::sync_warp();
     if (device::elect()) {

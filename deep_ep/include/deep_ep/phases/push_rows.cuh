@@ -43,6 +43,9 @@ class Owed {
     return parcel;
   }
 
+  // How many more it will look at.
+  EP_DEVICE int left() const { return (items_ - item_) / step_; }
+
  private:
   const Window& window_;
   const RowsByOwner& by_owner_;
@@ -134,7 +137,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
       device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
     }
     ++drained;
-    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained);
+    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained, owed.left());
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();

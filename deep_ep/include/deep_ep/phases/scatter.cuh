@@ -1,5 +1,5 @@
 #pragma once
-// reads         x, and the routing of the block's range
+// reads         x and its scale factors, and the routing of the block's range
 // writes        staged records and arrival marks at the peers
 // waits for     its own bulk stores (admit has let us in)
 // leaves behind at each peer a whole record before its mark (announce.cuh)
@@ -56,7 +56,7 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
     if (offset == 0 && !next_token()) return Filled::kNoMore;
     const int bytes = min_of(piece_bytes, record.row_bytes - offset);
     const bool last = offset + bytes == record.row_bytes;
-    if (last) compose_tail(routing, token, choice, stage.data + bytes);
+    if (last) compose_tail(routing, tables.scales, token, choice, stage.data + bytes);
     if (lane < window.num_ranks) stage.ticket->slot[lane] = slot_at_rank;
     device::fence_async_proxy_shared();
     device::sync_warp();
@@ -83,7 +83,8 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
       }
     }
     ++drained;
-    if (ticket.last) announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained);
+    if (ticket.last)
+      announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained, (range.end - ahead) / step);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();

@@ -1,0 +1,151 @@
+"""One dispatch with all its options: what it is given, and that what it returns is the oracle's, to the bit."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import deep_ep
+from tests import oracle
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one dispatch of a case differs from a plain one of bfloat16 rows.
+
+    Attributes:
+        hidden: values of a row.
+        num_scales: scale factors of a row, which is FP8 then; 0 stands for bfloat16.
+        packed: scale factors are int32, not float32.
+        scale_strides: of the given ones; rows, columns or gaps.
+        with_weights: whether weights travel.
+    """
+
+    hidden: int
+    with_weights: bool
+    num_scales: int = 0
+    packed: bool = False
+    scale_strides: str = "rows"
+    col_major_scales: bool = False
+
+    @staticmethod
+    def draw(r: random.Random, hidden: int, with_weights: bool) -> Options:
+        """``hidden``: of bfloat16 rows; others draw theirs."""
+        if r.random() < 0.5:
+            return Options(hidden, with_weights)
+        return Options(
+            hidden=16 * r.choice([1, 2, 8, r.randint(1, 64)]),
+            with_weights=with_weights,
+            num_scales=r.choice([1, 2, 4, 8, r.randint(1, 100)]),
+            packed=r.random() < 0.5,
+            scale_strides=r.choice(["rows", "columns", "gaps"]),
+            col_major_scales=r.random() < 0.5,
+        )
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.int32 if self.packed else torch.float32
+
+    def payload(self, inputs: oracle.Inputs, device: torch.device) -> Any:
+        """What dispatch takes as x."""
+        x = inputs.x.to(device)
+        if not self.num_scales:
+            return x
+        scales = inputs.scales.view(self.scale_dtype).to(device)
+        if self.scale_strides == "columns":
+            scales = scales.t().contiguous().t()
+        if self.scale_strides == "gaps":
+            wide = torch.zeros(scales.shape[0], 3 * self.num_scales, dtype=scales.dtype, device=device)
+            wide[:, ::3] = scales
+            scales = wide[:, ::3]
+        return x, scales
+
+
+class Dispatch:
+    """Makes the call; check() looks at what it returned, once the kernels have run.
+
+    Args:
+        options: of this call.
+        inputs: of all ranks.
+        expected: what the oracle says that this rank receives.
+        allocated: rows that recv_x is to have.
+        arguments: of the call, all the others.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        inputs: list[oracle.Inputs],
+        expected: oracle.Dispatched,
+        buffer: deep_ep.ElasticBuffer,
+        device: torch.device,
+        allocated: int,
+        **arguments: Any,
+    ) -> None:
+        self.options, self.expected, self.allocated = options, expected, allocated
+        own = inputs[buffer.rank_idx]
+        self.recv_x, self.recv_idx, self.recv_weights, self.handle, event = buffer.dispatch(
+            options.payload(own, device),
+            topk_weights=own.weights.to(device) if options.with_weights else None,
+            use_tma_aligned_col_major_sf=options.col_major_scales,
+            **arguments,
+        )
+        assert event.event is None
+
+    def check(self) -> None:
+        """Raises AssertionError, naming what differs."""
+        expected, rows = self.expected, len(self.expected.tokens)
+        self._check_payload(expected.x, expected.scales)
+        assert self.recv_idx is not None
+        same("recv_topk_idx", self.recv_idx[:rows], expected.topk_idx.to(deep_ep.topk_idx_t))
+        assert bool((self.recv_idx[rows:] == -1).all()), "rows past the real count must say -1"
+        if self.options.with_weights:
+            assert self.recv_weights is not None
+            same("recv_topk_weights", self.recv_weights[:rows], expected.weights)
+        else:
+            assert self.recv_weights is None
+
+    def _check_payload(self, x: torch.Tensor, scales: torch.Tensor) -> None:
+        """Rows and scale factors: those that are expected, and room for others behind them."""
+        rows = len(x)
+        if not self.options.num_scales:
+            assert isinstance(self.recv_x, torch.Tensor)
+            assert self.recv_x.shape[0] == self.allocated
+            same("recv_x", self.recv_x[:rows], x)
+            return
+        recv_x, recv_scales = self.recv_x
+        assert recv_x.shape[0] == recv_scales.shape[0] == self.allocated
+        aligned = -(-self.allocated // 4) * 4
+        strides = (1, aligned) if self.options.col_major_scales else (self.options.num_scales, 1)
+        assert recv_scales.stride() == strides, f"recv_sf has strides {recv_scales.stride()}, not {strides}"
+        same("recv_x", recv_x[:rows], x)
+        same("recv_sf", recv_scales[:rows], scales.view(self.options.scale_dtype))
+
+
+def check_handle(handle: deep_ep.EPHandle, expected: oracle.Dispatched, *, exact_sizes: bool) -> None:
+    """What a handle says about the dispatch that made it."""
+    same("recv_src_metadata", handle.recv_src_metadata[: len(expected.tokens)], expected.metadata)
+    same_counts("psum by rank", handle.psum_num_recv_tokens_per_scaleup_rank, expected.per_rank)
+    same_counts("psum by expert", handle.psum_num_recv_tokens_per_expert, expected.per_expert_aligned)
+    same_counts("counts by expert", handle.num_unaligned_recv_tokens_per_expert, expected.per_expert)
+    assert handle.num_recv_tokens_per_expert_list == (expected.aligned_list if exact_sizes else [])
+
+
+def same_counts(what: str, got: torch.Tensor, expected: list[int]) -> None:
+    same(what, got, torch.tensor(expected, dtype=torch.int32))
+
+
+def same(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise AssertionError, naming the first difference, unless both hold the same bits."""
+    got = got.cpu()
+    assert got.shape == expected.shape, f"{what} is {list(got.shape)}, expected {list(expected.shape)}"
+    assert got.dtype == expected.dtype, f"{what} is {got.dtype}, expected {expected.dtype}"
+    as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    wrong = (got.view(as_bits) != expected.view(as_bits)).nonzero()
+    if len(wrong):
+        at = tuple(wrong[0].tolist())
+        count = f"{len(wrong)} of {got.numel()} places"
+        raise AssertionError(f"{what} differs in {count}, first at {at}: {got[at]}, expected {expected[at]}")
