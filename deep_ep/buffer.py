@@ -46,6 +46,8 @@ class ElasticBuffer:
         num_max_tokens_per_rank: the most tokens that any rank dispatches in one call.
         hidden: elements of a token.
         num_topk: selections of a token; 0 stands for "unknown, up to 32".
+        allow_multiple_reduction: combine adds a rank's expanded rows of a token there, and they travel as one. False:
+            they travel one by one (the window makes room for that) and are added in the order of the selections.
         use_fp8_dispatch: changes nothing: what combine sends is bfloat16 and larger than any dispatch of FP8, so a
             window that holds the one holds the other.
         num_cpu_timeout_secs, num_gpu_timeout_secs: how long the host, or a kernel, waits for a peer.
@@ -82,7 +84,8 @@ class ElasticBuffer:
         num_ranks = _size_of(group)
         num_max_tokens_per_rank = validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
         if num_bytes is None:
-            num_bytes = layout.window_bytes(num_ranks, *_settings(num_max_tokens_per_rank, hidden, num_topk))
+            settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
+            num_bytes = layout.window_bytes(num_ranks, *settings, allow_multiple_reduction)
         num_bytes = validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
 
         self.group = group
@@ -118,7 +121,8 @@ class ElasticBuffer:
         allow_multiple_reduction: bool = True,
     ) -> int:
         """The ``num_bytes`` that these settings need, a multiple of 2 MiB. Needs no buffer and talks to nobody."""
-        return layout.window_bytes(_size_of(group), *_settings(num_max_tokens_per_rank, hidden, num_topk))
+        settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
+        return layout.window_bytes(_size_of(group), *settings, allow_multiple_reduction)
 
     @staticmethod
     def capture() -> EventHandle:
@@ -269,12 +273,13 @@ class ElasticBuffer:
 
         The sum is float32: biases first, then the ranks in the order in which each one's last selected expert appears
         among the token's selections, starting from +0; one rounding to bfloat16. It is the same on every machine and
-        for every SM count.
+        for every SM count. Expanded rows of a token are added on their rank first, in the order of its selections, and
+        rounded; or, with a buffer whose ``allow_multiple_reduction`` is False, all in the order of the selections.
 
         Args:
-            x: [N, H] bfloat16, rows as dispatch returned them.
-            handle: of that dispatch.
-            topk_weights: [N, K] float32, gathered back per selection (0 where the selection is -1).
+            x: [N, H] bfloat16, rows as dispatch returned them; [X, H] if ``handle.do_expand``.
+            handle: of that dispatch; combine goes by its current ``do_expand``.
+            topk_weights: [N, K] float32 ([X] if expanded), gathered back per selection (0 where the selection is -1).
             bias: none, one or a pair of [T, H] bfloat16.
             num_sms: 0 is the handle's.
             previous_event, previous_event_before_epilogue, async_with_compute_stream: as in dispatch.
@@ -290,7 +295,8 @@ class ElasticBuffer:
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
-        request = check_combine(endpoint, x, handle, topk_weights, bias, num_sms, timing)
+        reduces = self.allow_multiple_reduction
+        request = check_combine(endpoint, x, handle, topk_weights, bias, num_sms, timing, reduces)
         with endpoint.named("combine"):
             return run_combine(endpoint, request)
 

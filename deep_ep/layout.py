@@ -83,9 +83,17 @@ class WindowLayout:
         """Arrival marks that each source has: an upper limit of num_max_tokens_per_rank."""
         return self["arrived"].num_bytes // (MARK_BYTES * self.num_ranks)
 
-    def fits(self, num_max_tokens: int, record: Record) -> bool:
-        rows = (self.num_ranks - 1) * num_max_tokens * record.num_bytes
+    def fits(self, num_max_tokens: int, record: Record, rows_of_token: int | None = None) -> bool:
+        """Whether there is room for the records of staged_bytes."""
+        rows = staged_bytes(self.num_ranks, num_max_tokens, record, rows_of_token)
         return num_max_tokens <= self.slots_per_source and rows <= self["rows"].num_bytes
+
+
+def staged_bytes(num_ranks: int, num_max_tokens: int, record: Record, rows_of_token: int | None = None) -> int:
+    """Bytes of the records that may lie at a rank: one for each token of each peer; or, if a token's rows come home one
+    by one, so many for each token of the rank itself, since one rank has each selection's expert."""
+    records = (rows_of_token or num_ranks - 1) if num_ranks > 1 else 0
+    return records * num_max_tokens * record.num_bytes
 
 
 def message_words(num_ranks: int) -> int:
@@ -123,7 +131,9 @@ def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
     return WindowLayout(num_ranks, num_bytes, tuple(regions))
 
 
-def window_bytes(num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int) -> int:
+def window_bytes(
+    num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int, allow_multiple_reduction: bool = True
+) -> int:
     """The smallest window, in bytes, for dispatches and combines of these sizes.
 
     Combine returns bfloat16 rows whatever dispatch sent, and no record is larger than that of a bfloat16 dispatch: FP8
@@ -131,8 +141,9 @@ def window_bytes(num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int
 
     Args:
         num_topk: selections of a token; 0 stands for "unknown", the largest.
+        allow_multiple_reduction: False makes room for a record of each selection, as combine of expanded rows needs.
     """
-    record = Record.of_dispatch(align(2 * hidden, 16), num_topk or MAX_TOPK)
+    row_bytes, most_selections = align(2 * hidden, 16), num_topk or MAX_TOPK
     fixed = sum(
         align(size, REGION_ALIGNMENT)
         for size in (
@@ -141,7 +152,10 @@ def window_bytes(num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int
             num_ranks * message_words(num_ranks) * WORD_BYTES,
         )
     )
-    rows = (num_ranks - 1) * num_max_tokens * record.num_bytes + 2 * REGION_ALIGNMENT
-    by_rows = -(-(fixed + rows) * ARRIVED_SHARE // (ARRIVED_SHARE - 1))
+    rows = staged_bytes(num_ranks, num_max_tokens, Record.of_dispatch(row_bytes, most_selections))
+    if not allow_multiple_reduction:
+        every_row = staged_bytes(num_ranks, num_max_tokens, Record.of_combine(row_bytes, 1), most_selections)
+        rows = max(rows, every_row)
+    by_rows = -(-(fixed + rows + 2 * REGION_ALIGNMENT) * ARRIVED_SHARE // (ARRIVED_SHARE - 1))
     by_marks = num_max_tokens * num_ranks * MARK_BYTES * ARRIVED_SHARE
     return align(max(by_rows, by_marks, WINDOW_ALIGNMENT), WINDOW_ALIGNMENT)

@@ -75,6 +75,9 @@ class RolesOfMachine:
 
     dispatch: Roles
     combine: CombineRoles
+    """Where senders copy rows."""
+    combine_sums: CombineRoles
+    """Where senders add rows first."""
 
 
 # A GPU hides latency with many warps and large pieces; the simulator pays for each thread.
@@ -82,10 +85,12 @@ ROLES = {
     "cuda": RolesOfMachine(
         dispatch=Roles(send=Crew(10, 3, 1), receive=Crew(20, 3, 1), send_share=0.375),
         combine=CombineRoles(send=Crew(3, 4, 1), num_warps=20, send_share=1.0),
+        combine_sums=CombineRoles(send=Crew(7, 2, 1), num_warps=16, send_share=1.0),
     ),
     "simulated": RolesOfMachine(
         dispatch=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
         combine=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
+        combine_sums=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
     ),
 }
 

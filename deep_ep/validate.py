@@ -164,6 +164,17 @@ def is_weights(value: Any, name: str, rows: int, num_topk: int, device: torch.de
     return weights.contiguous()
 
 
+def is_row_weights(value: Any, name: str, rows: int, device: torch.device) -> torch.Tensor | None:
+    """Of the expanded layout: one weight a row."""
+    if value is None:
+        return None
+    weights = is_tensor(name, value, "X", torch.float32, device)
+    if weights.shape[0] != rows:
+        shape = list(weights.shape)
+        raise ValueError(f"{name} must be [{rows}], one weight a row of the expanded layout, but its shape is {shape}")
+    return weights.contiguous()
+
+
 def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
     """Look at every index (this waits for the device): in range, and no expert twice in a token.
 

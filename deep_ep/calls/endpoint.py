@@ -206,8 +206,14 @@ class Endpoint:
             raise ValueError(f"handle lies on {handle.topk_idx.device}, this buffer's kernels run on {self.device}")
         return handle
 
-    def fitting_tokens(self, max_tokens: Any, num_tokens: int, record: layout.Record) -> int:
-        """``max_tokens``, after seeing that the call has no more and that the window holds so many of each source."""
+    def fitting_tokens(
+        self, max_tokens: Any, num_tokens: int, record: layout.Record, rows_of_token: int | None = None
+    ) -> int:
+        """``max_tokens``, after seeing that the call has no more and that the window holds so many.
+
+        Args:
+            rows_of_token: if they come in a record each, whoever sends them; else a record a token of each source.
+        """
         advice = "give it to the buffer or to the call"
         most = validate.is_count("num_max_tokens_per_rank", max_tokens, 1, advice=advice)
         if num_tokens > most:
@@ -215,11 +221,13 @@ class Endpoint:
                 f"x has {num_tokens} tokens but num_max_tokens_per_rank is {most}; raise it on every rank or split the "
                 "call"
             )
-        if not self.layout.fits(most, record):
+        if not self.layout.fits(most, record, rows_of_token):
+            what = f"{record.row_bytes} bytes a token"
+            if rows_of_token:
+                what = f"{rows_of_token} rows of {record.row_bytes} bytes a token (allow_multiple_reduction is False)"
             raise ValueError(
-                f"num_max_tokens_per_rank {most} with {record.row_bytes} bytes a token and {self.num_ranks} "
-                f"ranks does not fit into a buffer of {self.layout.num_bytes} bytes; "
-                "ElasticBuffer.get_buffer_size_hint says how many it takes"
+                f"num_max_tokens_per_rank {most} with {what} and {self.num_ranks} ranks does not fit into a buffer of "
+                f"{self.layout.num_bytes} bytes; ElasticBuffer.get_buffer_size_hint says how many it takes"
             )
         return most
 

@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 import deep_ep
 from tests import oracle
-from tests.elastic.dispatches import Dispatch, Options, check_handle, same
+from tests.elastic import combines
+from tests.elastic.combines import Combine
+from tests.elastic.dispatches import Dispatch, Options, check_handle
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Case:
     num_sms: int
     spare_tokens: int
     options: Options | None = None  # of the dispatch; None: a plain one of bfloat16 rows
+    combining: combines.Options = combines.PLAIN
 
     @property
     def first(self) -> Options:
@@ -56,7 +59,8 @@ class Case:
             num_sms=r.choice([0, 1, 2, 3, 5, 24]),
             spare_tokens=r.choice([0, 0, 5]),
         )
-        return replace(case, options=Options.draw(r, case.hidden, case.with_weights))
+        options = Options.draw(r, case.hidden, case.with_weights)
+        return replace(case, options=options, combining=combines.Options.draw(r))
 
 
 class Trip:
@@ -95,28 +99,17 @@ class Trip:
             do_cpu_sync=case.do_cpu_sync,
         )
         assert self.dispatch.handle.num_recv_tokens == allocated
-        self._combine(buffer, device, allocated)
-
-    def _combine(self, buffer: deep_ep.ElasticBuffer, device: torch.device, allocated: int) -> None:
-        case, chance = self.case, torch.Generator().manual_seed(self.case.seed)
-        counts = [len(expected.tokens) for expected in self.expected]
-        self.outputs = [torch.randn(count, case.hidden, generator=chance).bfloat16() for count in counts]
-        self.out_weights = [torch.rand(count, case.num_topk, generator=chance) for count in counts]
-        self.biases = [
-            [torch.randn(tokens, case.hidden, generator=chance).bfloat16() for _ in range(case.num_biases)]
-            for tokens in case.tokens
-        ][self.rank]
-        rows = counts[self.rank]
-        padded_x = torch.zeros(allocated, case.hidden, dtype=torch.bfloat16, device=device)
-        padded_x[:rows] = self.outputs[self.rank].to(device)
-        padded_weights = torch.zeros(allocated, case.num_topk, device=device)
-        padded_weights[:rows] = self.out_weights[self.rank].to(device)
-        given = [bias.to(device) for bias in self.biases]
-        self.combined, self.combined_weights, _ = buffer.combine(
-            padded_x,
+        self.combine = Combine(
+            case.combining,
+            case.seed,
             self.dispatch.handle,
-            topk_weights=padded_weights if case.with_weights else None,
-            bias=given if len(given) == 2 else given[0] if given else None,
+            self.inputs,
+            self.expected,
+            buffer,
+            device,
+            case.hidden,
+            with_weights=case.with_weights,
+            num_biases=case.num_biases,
         )
 
     def check(self) -> None:
@@ -125,15 +118,7 @@ class Trip:
         case = self.case
         self.dispatch.check()
         check_handle(self.dispatch.handle, self.expected[self.rank], exact_sizes=case.do_cpu_sync)
-        sums, gathered = oracle.combine(
-            self.inputs, self.outputs, self.out_weights, self.expected, self.rank, case.num_experts, self.biases
-        )
-        same("combined_x", self.combined, sums)
-        if case.with_weights:
-            assert self.combined_weights is not None
-            same("combined_topk_weights", self.combined_weights, gathered)
-        else:
-            assert self.combined_weights is None
+        self.combine.check()
 
 
 def run(case: Case, buffer: deep_ep.ElasticBuffer, device: torch.device) -> None:

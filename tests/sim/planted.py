@@ -23,7 +23,7 @@ import torch
 from deep_ep import jit
 from deep_ep.jit.toolchain import INCLUDE_DIR
 from deep_ep.machine.world import SimulationError, World
-from tests.elastic import cases
+from tests.elastic import cases, combines
 from tests.sim import swarm
 
 MAX_SEEDS = 40
@@ -39,6 +39,7 @@ class Bug:
         noticed_by: a text that the error must hold; which tool is to see it is part of what we know about a bug.
         times: how often the old text stands there.
         num_tokens: that a rank sends at least; what shows late needs many.
+        combining: the layout in which it shows.
     """
 
     name: str
@@ -48,8 +49,11 @@ class Bug:
     noticed_by: str
     times: int = 1
     num_tokens: int = 3
+    combining: combines.Options = combines.PLAIN
 
 
+SUMS = combines.Options(expanded=True, multiple_reduction=True)
+EVERY_ROW = combines.Options(expanded=True, multiple_reduction=False)
 RACE, DEADLOCK = "data race", "deadlock"
 FENCE_SHARED = "    device::fence_async_proxy_shared();\n"
 FENCE_GLOBAL = "    device::fence_async_proxy_global();\n"
@@ -83,6 +87,18 @@ BUGS = (
         "arrived(window_, rank, window_.rank, closed_slot_ + 1)",
         DEADLOCK,
     ),
+    # Rows of the expanded layout.
+    Bug("sum-without-fence", "phases/push_rows.cuh", FENCE_SHARED, "", RACE, combining=SUMS),
+    Bug("sum-without-sync", "phases/push_rows.cuh", SYNC_WARP, "", RACE, times=2, combining=SUMS),
+    Bug("sum-of-own-rows-unrounded", "phases/reduce.cuh", "kReturn == Return::kSum ? device::ballot(own) : 0", "0u",
+        "differs", combining=SUMS),
+    Bug("own-sum-first", "phases/reduce.cuh", "parts.lanes & (part - 1)", "parts.lanes & (part - 1) & -(part == 0)",
+        "differs", combining=SUMS),
+    Bug("announce-the-first-row", "phases/push_rows.cuh", ".last = last}", ".last = row_ends}", RACE,
+        combining=EVERY_ROW),
+    Bug("row-of-the-next-selection", "phases/push_rows.cuh", "parcel.place + k", "parcel.place + k + 1", "",
+        combining=EVERY_ROW),
+    Bug("rows-relaxed", "phases/reduce.cuh", "load_acquire_sys", "load_relaxed_sys", RACE, combining=EVERY_ROW),
     # The ring.
     Bug("ring-without-mbarrier-wait", "phases/ring.cuh", "device::mbarrier_wait(", "static_cast<void>(", ""),
     Bug("ring-waits-for-one-parity", "phases/ring.cuh", "drained / kStages & 1", "0", ""),
@@ -97,7 +113,7 @@ BUGS = (
     Bug("dispatch-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n", "", RACE, times=7),
     Bug("collect-without-sync", "phases/collect.cuh", "  device::sync_block();\n\n", "", RACE),
     # Places.
-    Bug("stage-at-the-next-slot", "phases/push_rows.cuh", "{.row = slot,", "{.row = slot + 1,", ""),
+    Bug("stage-at-the-next-slot", "phases/push_rows.cuh", ".row = parcel.slot,", ".row = parcel.slot + 1,", ""),
     Bug(
         "next-row", "phases/copy_out.cuh", "row = tables.row_base[source] + item.slot;",
         "row = tables.row_base[source] + item.slot + 1;", "",
@@ -145,7 +161,7 @@ def patched_toolchain(folder: Path, bug: Bug | None) -> PatchedGxx:
     return PatchedGxx(race_detector=True, include=include)
 
 
-def draw_story(seed: int, num_tokens: int) -> swarm.Story:
+def draw_story(seed: int, num_tokens: int, combining: combines.Options) -> swarm.Story:
     """Short, and with everything in it that a bug may need: peers, several blocks, several operations under way."""
     r = random.Random(seed)
     drawn = tuple(
@@ -162,6 +178,7 @@ def draw_story(seed: int, num_tokens: int) -> swarm.Story:
             num_biases=idx % 2,
             num_sms=2 + seed % 2,
             spare_tokens=0,
+            combining=combining,
         )
         for idx in range(2)
     )
@@ -177,7 +194,7 @@ def draw_story(seed: int, num_tokens: int) -> swarm.Story:
     )
 
 
-def find_error(toolchain: jit.Gxx, num_tokens: int) -> tuple[int, str]:
+def find_error(toolchain: jit.Gxx, num_tokens: int, combining: combines.Options) -> tuple[int, str]:
     """Tell stories until one goes wrong.
 
     Returns:
@@ -186,7 +203,7 @@ def find_error(toolchain: jit.Gxx, num_tokens: int) -> tuple[int, str]:
     for seed in range(MAX_SEEDS):
         with World(race_detector=True, timeout_s=60) as world:
             try:
-                swarm.tell(draw_story(seed, num_tokens), world, toolchain)
+                swarm.tell(draw_story(seed, num_tokens, combining), world, toolchain)
             except (AssertionError, SimulationError) as error:
                 return seed + 1, str(error)
     return MAX_SEEDS, ""
@@ -195,7 +212,10 @@ def find_error(toolchain: jit.Gxx, num_tokens: int) -> tuple[int, str]:
 def plant(bug: Bug | None) -> tuple[int, str]:
     """find_error with a bug, or with a copy that has none."""
     with tempfile.TemporaryDirectory() as folder:
-        return find_error(patched_toolchain(Path(folder), bug), bug.num_tokens if bug else MANY_TOKENS)
+        toolchain = patched_toolchain(Path(folder), bug)
+        if bug is None:
+            return find_error(toolchain, MANY_TOKENS, combines.PLAIN)
+        return find_error(toolchain, bug.num_tokens, bug.combining)
 
 
 def summary(text: str) -> str:

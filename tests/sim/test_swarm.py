@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from tests.elastic import combines
 from tests.sim import swarm
 
 NUM_SEEDS, NUM_RACE_SEEDS = 320, 36
@@ -40,6 +43,8 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {1, 2, 8, 32} <= {case.num_topk for case in cases}
     assert {0, 1, 2} == {case.num_biases for case in cases}
     assert {case.do_cpu_sync for case in cases} == {case.with_weights for case in cases} == {False, True}
+    flags = itertools.product([False, True], repeat=2)
+    assert {case.combining for case in cases} == {combines.Options(*each) for each in flags}
     options = [case.first for case in cases]
     assert {0, 1, 8} <= {each.num_scales for each in options}
     assert any(each.num_scales > 64 for each in options), "more than a token's lanes hold ahead"
@@ -55,6 +60,8 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {1, 2, 3} == {story.num_ranks for story in racing}
     assert {story.roles for story in racing} == set(swarm.ROLES[: swarm.NUM_RACE_ROLES])
     assert any(story.num_overlapping > 1 for story in racing)
+    expanded = [case.combining for story in racing for case in story.cases if case.combining.expanded]
+    assert {options.multiple_reduction for options in expanded} == {False, True}
 
 
 def test_a_seed_is_one_story() -> None:

@@ -27,7 +27,7 @@ TABLES = [(8, 1), (256, 8), (layout.MAX_EXPERTS, layout.MAX_RANKS), (30, 3)]
 CREWS = {
     crew
     for machine in ROLES.values()
-    for crew in (machine.dispatch.send, machine.dispatch.receive, machine.combine.send)
+    for crew in (machine.dispatch.send, machine.dispatch.receive, machine.combine.send, machine.combine_sums.send)
 }
 SOURCE = f"""
 #include <deep_ep/kernels/combine.cuh>

@@ -68,18 +68,21 @@ def test_every_dispatch_fits(
 @given(row_bytes=ROWS, num_topk=st.integers(1, MAX_TOPK))
 def test_every_combine_fits(roles: RolesOfMachine, row_bytes: int, num_topk: int) -> None:
     record = Record.of_combine(row_bytes, num_topk)
-    ring = plan.plan_combine(roles.combine, record, SHARED_LIMIT)
-    assert ring.piece_bytes + record.tail_bytes <= ring.stage_bytes
-    assert ring.rings_bytes <= SHARED_LIMIT
+    for division in (roles.combine, roles.combine_sums):
+        ring = plan.plan_combine(division, record, SHARED_LIMIT)
+        assert ring.piece_bytes + record.tail_bytes <= ring.stage_bytes
+        assert ring.rings_bytes <= SHARED_LIMIT
 
 
 @MACHINES
 def test_roles_are_possible(roles: RolesOfMachine) -> None:
-    for crew in (roles.dispatch.send, roles.dispatch.receive, roles.combine.send):
+    for crew in (roles.dispatch.send, roles.dispatch.receive, roles.combine.send, roles.combine_sums.send):
         assert crew.num_warps >= 1
         assert 1 <= crew.num_storing < crew.num_stages, "or a warp could never load while it stores"
-    assert max(roles.dispatch.num_threads, roles.combine.num_threads) <= 1024
-    assert roles.combine.send.num_warps < roles.combine.num_warps, "where every block sends, its other warps add"
+    assert roles.dispatch.num_threads <= 1024
+    for division in (roles.combine, roles.combine_sums):
+        assert division.num_threads <= 1024
+        assert division.send.num_warps < division.num_warps, "where every block sends, its other warps add"
 
 
 @given(roles=st.sampled_from([machine.dispatch for machine in ROLES.values()]), num_blocks=st.integers(2, 160))

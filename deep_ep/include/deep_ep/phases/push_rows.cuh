@@ -2,110 +2,150 @@
 // reads         rows of x that belong to tokens of other ranks, and their weights
 // writes        staged records and arrival marks at those ranks
 // waits for     its own bulk stores (admit has let us in)
-// leaves behind at each owner a whole record before its mark (announce.cuh)
+// leaves behind at each owner all that a token sends there before its mark (announce.cuh)
 
 #include <deep_ep/phases/announce.cuh>
+#include <deep_ep/phases/claims.cuh>
+#include <deep_ep/phases/results.cuh>
 #include <deep_ep/phases/ring.cuh>
-#include <deep_ep/phases/scatter.cuh>
+#include <deep_ep/phases/sum.cuh>
 #include <deep_ep/wire/integers.cuh>
-#include <deep_ep/wire/record.cuh>
 #include <deep_ep/wire/window.cuh>
 
 namespace deep_ep {
 
-// Rows of x by the rank that owns their tokens: inclusive sums over ranks.
-struct RowsByOwner {
-  const int32_t* per_rank;
-  EP_DEVICE int begin(int rank) const { return rank == 0 ? 0 : per_rank[rank - 1]; }
-  EP_DEVICE int count(int rank) const { return per_rank[rank] - begin(rank); }
+// A received token on its way home.
+struct Parcel {
+  int owner = -1, slot = -1, received = -1;  // owner -1: none is left
+  int row = -1;                              // lane k's: of selection k
+  int place = -1;                            // kEveryRow: of selection 0 among the owner's records
+  float weight = 0.0f;                       // lane k's: of selection k
 };
 
-// What combine is given: results for the tokens that a dispatch brought here.
-struct Results {
-  Rows rows;             // as dispatch returned them
-  const float* weights;  // [rows, num_topk] or null
-  RowsByOwner by_owner;
-  Record record;  // in which they travel
-};
+// The tokens that are to be sent: the first of each owner, then the second of each, ... A warp takes one at a time.
+class Owed {
+ public:
+  EP_DEVICE Owed(const Window& window, const RowsByOwner& by_owner, int num_warps)
+      : window_(window), num_warps_(num_warps), claims_(window, Queue::kSend) {
+    const int lane = device::lane_idx();
+    if (lane < window.num_ranks) begin_of_lane_ = by_owner.begin(lane);
+    if (lane < window.num_ranks && lane != window.rank) count_of_lane_ = by_owner.count(lane);
+    items_ = device::reduce_max(count_of_lane_) * (window.num_ranks - 1);
+  }
 
-// Of numbered things those that one warp deals with: every step-th.
-struct Share {
-  int first, step;
-};
-
-template <class Ring>
-EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Results& results, int num_topk,
-                         int max_tokens, int piece_bytes, Share share) {
-  const Rows& rows = results.rows;
-  const RowsByOwner& by_owner = results.by_owner;
-  const Record& record = results.record;
-  const int lane = device::lane_idx(), peers = window.num_ranks - 1;
-  // Lane r knows what rank r owns.
-  const int first_row = lane < window.num_ranks ? by_owner.begin(lane) : 0;
-  const int num_rows = lane < window.num_ranks && lane != window.rank ? by_owner.count(lane) : 0;
-  const int items = device::reduce_max(num_rows) * peers;  // the first row for each owner, then the second, ...
-  int offset = 0;
-  Announcer announcer(window, epoch);
-
-  // A row with this lane's weight. The next one is known while one is being loaded, so nobody waits for its weights.
-  struct Item {
-    int idx, owner, slot, row;
-    float weight;
-  };
-  const auto find = [&](int idx) {
-    Item found{idx, -1, -1, -1, 0.0f};
+  EP_DEVICE Parcel next() {
+    const int peers = window_.num_ranks - 1;
+    Parcel parcel;
     EP_NO_UNROLL
-    for (; found.idx < items; found.idx += share.step) {
-      const int other = found.idx % peers;
-      found.owner = other < window.rank ? other : other + 1;
-      found.slot = found.idx / peers;
-      if (found.slot < device::shuffle(num_rows, found.owner)) break;
+    while (parcel.owner < 0 && item_ < items_) {
+      item_ = claims_.take();
+      if (item_ >= items_) break;
+      const int other = item_ % peers, slot = item_ / peers;
+      const int owner = other < window_.rank ? other : other + 1;
+      const int begin = device::shuffle(begin_of_lane_, owner), count = device::shuffle(count_of_lane_, owner);
+      if (slot < count) parcel = {owner, slot, begin + slot};
     }
-    if (found.idx >= items) return found;
-    found.row = device::shuffle(first_row, found.owner) + found.slot;
-    if (results.weights != nullptr && lane < num_topk) {
-      found.weight = results.weights[int64_t(found.row) * num_topk + lane];
+    return parcel;
+  }
+
+  // About how many more it will take.
+  EP_DEVICE int left() const { return (items_ - item_) / num_warps_; }
+
+ private:
+  const Window& window_;
+  const int num_warps_;
+  Claims claims_;
+  int begin_of_lane_ = 0, count_of_lane_ = 0;  // lane r's: the tokens that rank r owns
+  int item_ = 0, items_;
+};
+
+// Adds `bytes` of the rows that the lanes in `lanes` point to, into a stage.
+EP_DEVICE void add_into(char* stage, uint32_t lanes, const char* row_of_lane, int bytes) {
+  for_columns(bytes, [&](const auto& at) {
+    auto sum = empty_sum(at);
+    sum.add_lanes(lanes, row_of_lane, at);
+    if (at.mine()) sum.rounded().keep(at.of(stage));
+  });
+}
+
+template <Return kReturn, class Ring>
+EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Results& results, int max_tokens,
+                         int piece_bytes, int num_warps) {
+  const Record& record = results.record;
+  const int lane = device::lane_idx(), num_topk = results.num_topk;
+  const int num_weights = kReturn == Return::kEveryRow ? 1 : num_topk;
+  Announcer announcer(window, epoch);
+  Owed owed(window, results.by_owner, num_warps);
+  // What can be loaded a token ahead: nobody waits for it then.
+  const auto look_ahead = [&] {
+    Parcel parcel = owed.next();
+    if (parcel.owner < 0) return parcel;
+    parcel.row = results.row_of_lane<kReturn>(parcel.received);
+    if constexpr (kReturn == Return::kRow) parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
+    if constexpr (kReturn == Return::kEveryRow) {
+      parcel.place = (results.token(parcel.received) - parcel.owner * max_tokens) * num_topk;
     }
-    return found;
+    return parcel;
   };
-  Item next = find(share.first), item = next;
+  Parcel parcel, next = look_ahead();
+  uint32_t left = 0;  // the lanes whose rows are still to be sent; one lane, where one row stands for all
+  int offset = 0;
 
   const auto fill = [&](Stage stage, bool) {
-    if (offset == 0) {
-      if (next.idx >= items) return Filled::kNoMore;
-      item = next;
+    const bool begins = left == 0;
+    if (begins) {
+      if (next.owner < 0) return Filled::kNoMore;
+      parcel = next;
+      left = kReturn == Return::kEveryRow ? device::ballot(parcel.row >= 0) : 1u;
+      if constexpr (kReturn != Return::kRow) {
+        parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
+      }
     }
-    const int bytes = min_of(piece_bytes, record.row_bytes - offset);
-    const bool last = offset + bytes == record.row_bytes;
-    if (last) {
-      if (lane < num_topk) reinterpret_cast<float*>(stage.data + bytes)[lane] = item.weight;
-      device::fence_async_proxy_shared();
+    const int k = lowest_bit(left), bytes = min_of(piece_bytes, record.row_bytes - offset);
+    const bool row_ends = offset + bytes == record.row_bytes, last = row_ends && (left & (left - 1)) == 0;
+    const char* from = results.row(parcel.row) + offset;
+    if constexpr (kReturn == Return::kSum) {
+      add_into(stage.data, device::ballot(parcel.row >= 0), from, bytes);
+    } else {
+      from = reinterpret_cast<const char*>(device::shuffle(reinterpret_cast<uint64_t>(from), k));
     }
+    float* tail = reinterpret_cast<float*>(stage.data + bytes);
+    const int entry = kReturn == Return::kEveryRow ? lane - k : lane;  // a row's own weight, or those of all selections
+    if (row_ends && entry >= 0 && entry < num_weights) tail[entry] = parcel.weight;
+    if (row_ends || kReturn == Return::kSum) device::fence_async_proxy_shared();
     device::sync_warp();
     if (device::elect()) {
-      *stage.ticket = {.row = item.slot,
-                       .source = item.owner,
+      *stage.ticket = {.token = parcel.place + k,
+                       .row = parcel.slot,
+                       .source = parcel.owner,
                        .offset = offset,
-                       .bytes = last ? bytes + record.tail_bytes : bytes,
+                       .bytes = row_ends ? bytes + record.tail_bytes : bytes,
                        .last = last};
-      device::mbarrier_arrive_expect(*stage.full, bytes);
-      device::bulk_load(stage.data, rows.x + item.row * rows.stride + offset, bytes, *stage.full);
+      if constexpr (kReturn == Return::kSum) {
+        device::mbarrier_arrive(*stage.full);
+      } else {
+        device::mbarrier_arrive_expect(*stage.full, bytes);
+        device::bulk_load(stage.data, from, bytes, *stage.full);
+      }
     }
     device::sync_warp();
     // Behind the load and, in long rows, before the last piece's fence, which would wait for it.
-    if (offset == 0) next = find(item.idx + share.step);
-    offset = last ? 0 : offset + bytes;
+    if (begins) next = look_ahead();
+    offset = row_ends ? 0 : offset + bytes;
+    if (row_ends) left &= left - 1;
     return Filled::kYes;
   };
   int drained = 0;
   const auto drain = [&](Stage stage) {
     const Ticket& ticket = *stage.ticket;
     if (device::elect()) {
-      char* to = staged(window, ticket.source, window.rank, ticket.row, max_tokens, record.bytes());
+      char* to = kReturn == Return::kEveryRow
+                     ? returned(window, ticket.source, ticket.token, record.bytes())
+                     : staged(window, ticket.source, window.rank, ticket.row, max_tokens, record.bytes());
       device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
     }
     ++drained;
-    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained, (items - next.idx) / share.step);
+    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained, owed.left());
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();

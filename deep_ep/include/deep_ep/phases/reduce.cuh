@@ -1,21 +1,22 @@
 #pragma once
 // reads         own rows of x, staged records of the peers, biases
 // writes        combined_x, combined_weights
-// waits for     the arrival mark of every record that a token's sum needs
+// waits for     the arrival mark of every token of this rank, from each rank that it went to
 // leaves behind every token's sum
 //
-// The arithmetic is part of the interface: float32, biases first, then the ranks in the order in which each one's last
-// selected expert appears among the token's selections, starting from +0, one rounding to bfloat16 at the end.
+// The arithmetic is part of the interface: float32, starting from +0, biases first, one rounding to bfloat16 at the end.
+// What comes home whole (a row or a sum a rank) is added in the order in which each rank's last selected expert appears
+// among the token's selections; what comes row by row in the order of the selections.
 //
 // Rows go through registers, straight from where they lie: the many loads that a warp has under way, and the many warps
 // of a block, hide what memory takes.
 
+#include <deep_ep/phases/claims.cuh>
 #include <deep_ep/phases/compose.cuh>
-#include <deep_ep/phases/push_rows.cuh>
+#include <deep_ep/phases/results.cuh>
 #include <deep_ep/phases/sum.cuh>
 #include <deep_ep/wire/integers.cuh>
 #include <deep_ep/wire/phase.cuh>
-#include <deep_ep/wire/record.cuh>
 #include <deep_ep/wire/routing.cuh>
 #include <deep_ep/wire/window.cuh>
 
@@ -29,9 +30,22 @@ struct Combined {
   int64_t bias_stride[2];  // bytes
 };
 
-// Adds the rows of one token, which all have come: of each speaking lane the one at `row`.
+// What a token's sum is made of: the rows to which some lanes point, in the order of the lanes. Those in `own` are rows
+// of this rank that become one part first, in the place of the last of them.
+struct Parts {
+  uint32_t lanes, own;
+  const char* row_of_lane;
+};
+
 template <int kTogether>
-EP_DEVICE void add_columns(const Combined& out, int token, uint32_t speakers, const char* row, Columns<kTogether> at) {
+EP_DEVICE void add_columns(const Combined& out, int token, const Parts& parts, const Columns<kTogether>& at) {
+  const uint32_t part = parts.own & parts.lanes;  // the lane of the last own row, or none
+  Rounded<kTogether> own;
+  if (part != 0) {
+    Sum<kTogether> sum;
+    sum.add_lanes(parts.own, parts.row_of_lane, at);
+    own = sum.rounded();
+  }
   Sum<kTogether> sum;
   const auto bias = [&](int i) { return at.of(out.bias[i] + token * out.bias_stride[i]); };
   if (out.bias[1] != nullptr) {
@@ -39,24 +53,37 @@ EP_DEVICE void add_columns(const Combined& out, int token, uint32_t speakers, co
   } else if (out.bias[0] != nullptr) {
     sum.add(bias(0));
   }
-  sum.add_lanes(speakers, row, at);
-  if (at.mine()) sum.store(at.of(out.x + token * out.stride));
+  sum.add_lanes(parts.lanes & (part - 1), parts.row_of_lane, at);  // all of them, if there is no own part
+  if (part != 0) {
+    sum.add(own);
+    sum.add_lanes(parts.lanes & ~(2 * part - 1), parts.row_of_lane, at);
+  }
+  if (at.mine()) sum.rounded().stream(at.of(out.x + token * out.stride));
 }
 
+template <Return kReturn>
 EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patience& patience, const Routing& routing,
-                      const int32_t* slots, const Results& results, Share share, const Combined& out) {
+                      const int32_t* slots, const Results& results, const Combined& out) {
+  const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = routing.num_topk;
-  const int own_rows = results.by_owner.begin(window.rank);
+  const int own_tokens = results.by_owner.begin(window.rank);
   const TokenTables tables{slots, nullptr, nullptr};
-  Choice next = load_choice(routing, tables, share.first, routing.num_tokens);
+  Claims claims(window, Queue::kReceive);
+  int ahead = claims.take();
+  Choice next = load_choice(routing, tables, ahead, routing.num_tokens);
   EP_NO_UNROLL
-  for (int token = share.first; token < routing.num_tokens; token += share.step) {
+  while (ahead < routing.num_tokens) {
+    const int token = ahead;
     const Choice choice = next;
-    next = load_choice(routing, tables, token + share.step, routing.num_tokens);
+    ahead = claims.take();
+    next = load_choice(routing, tables, ahead, routing.num_tokens);
     const Selection selection = select(routing, choice.expert);
+    const bool chosen = selection.rank >= 0, own = selection.rank == window.rank;
+    const int received = own_tokens + choice.slot;
+    const int own_row = own ? results.row_of_lane<kReturn>(received) : -1;
 
     bool came = true;
-    if (selection.speaks && selection.rank != window.rank) {
+    if (selection.speaks && !own) {
       const uint32_t* mark = arrived(window, window.rank, selection.rank, choice.slot);
       came = device::wait_until_equals(patience, {.phase = phase::kReduce, .peer = selection.rank, .expected = epoch},
                                        [&] { return device::load_acquire_sys(mark); });
@@ -67,16 +94,19 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
     // Each selection's weight comes from the rank of its expert. It is stored last, so nobody waits for it.
     const char* row = nullptr;
     float weight = 0.0f;
-    if (selection.rank == window.rank) {
-      const int64_t own_row = own_rows + choice.slot;
-      row = results.rows.x + own_row * results.rows.stride;
-      if (results.weights != nullptr) weight = results.weights[own_row * num_topk + lane];
-    } else if (selection.rank >= 0) {
-      row = staged(window, window.rank, selection.rank, choice.slot, routing.max_tokens, results.record.bytes());
-      if (out.weights != nullptr) weight = reinterpret_cast<const float*>(row + results.record.row_bytes)[lane];
+    if (own) {
+      row = results.row(own_row);
+      weight = results.weight_of_lane<kReturn>(received, own_row);
+    } else if (chosen) {
+      constexpr bool kOwnRecord = kReturn == Return::kEveryRow;
+      row = kOwnRecord ? returned(window, window.rank, int64_t(token) * num_topk + lane, record.bytes())
+                       : staged(window, window.rank, selection.rank, choice.slot, routing.max_tokens, record.bytes());
+      const float* tail = reinterpret_cast<const float*>(row + record.row_bytes);
+      if (out.weights != nullptr) weight = tail[kOwnRecord ? 0 : lane];
     }
-    const uint32_t speakers = device::ballot(selection.speaks);
-    for_columns(results.record.row_bytes, [&](auto columns) { add_columns(out, token, speakers, row, columns); });
+    const Parts parts{device::ballot(kReturn == Return::kEveryRow ? chosen : selection.speaks),
+                      kReturn == Return::kSum ? device::ballot(own) : 0, row};
+    for_columns(record.row_bytes, [&](const auto& at) { add_columns(out, token, parts, at); });
     if (out.weights != nullptr && lane < num_topk) out.weights[int64_t(token) * num_topk + lane] = weight;
   }
 }

@@ -7,6 +7,7 @@
 //   messages   one Message per source rank                     written by that source
 //   arrived    one word per (source rank, slot)                written by that source
 //   rows       one record per (source rank, slot)              written by that source; a rank keeps none for itself
+//              or one per (token, selection) of this rank      written by the rank of the selection's expert
 
 #include <deep_ep/device/device.cuh>
 #include <deep_ep/limits.cuh>
@@ -58,6 +59,12 @@ EP_DEVICE uint32_t* arrived(const Window& window, int at, int from, int slot) {
 EP_DEVICE char* staged(const Window& window, int at, int from, int slot, int max_tokens, int record_bytes) {
   const int64_t place = from < at ? from : from - 1;
   return window.base[at] + window.rows + (place * max_tokens + slot) * record_bytes;
+}
+
+// Record `place` of those that combine brings to rank `at` when every selection has its own: token x num_topk + k. Any
+// rank may write it, since one rank has the selection's expert.
+EP_DEVICE char* returned(const Window& window, int at, int64_t place, int record_bytes) {
+  return window.base[at] + window.rows + place * record_bytes;
 }
 
 }  // namespace deep_ep
