@@ -41,8 +41,7 @@ EP_DEVICE void send(const CombineArgs& a, uint32_t epoch) {
   const int warp = device::warp_idx();
   using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
   const SendRing ring = SendRing::at(device::shared_memory<char>(), warp, C.num_send_warps, a.stage_bytes);
-  push_rows<C.returned>(ring, a.window, epoch, a.results, a.routing.max_tokens, a.piece_bytes,
-                        a.num_send_blocks * C.num_send_warps);
+  push_rows<C.returned>(ring, a.window, epoch, a.results, a.routing.max_tokens, a.piece_bytes);
 }
 
 template <CombineConfig C>

@@ -113,8 +113,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
     const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
     if (await_settled(a.window, epoch, team, a.patience)) {
-      scatter(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.send_piece_bytes,
-              C.num_send_warps * team.count);
+      scatter(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.send_piece_bytes);
     }
   }
   if (receiver && good()) {

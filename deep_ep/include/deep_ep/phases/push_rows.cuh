@@ -25,8 +25,7 @@ struct Parcel {
 // The tokens that are to be sent: the first of each owner, then the second of each, ... A warp takes one at a time.
 class Owed {
  public:
-  EP_DEVICE Owed(const Window& window, const RowsByOwner& by_owner, int num_warps)
-      : window_(window), num_warps_(num_warps), claims_(window, Queue::kSend) {
+  EP_DEVICE Owed(const Window& window, const RowsByOwner& by_owner) : window_(window), claims_(window, Queue::kSend) {
     const int lane = device::lane_idx();
     if (lane < window.num_ranks) begin_of_lane_ = by_owner.begin(lane);
     if (lane < window.num_ranks && lane != window.rank) count_of_lane_ = by_owner.count(lane);
@@ -48,12 +47,8 @@ class Owed {
     return parcel;
   }
 
-  // About how many more it will take.
-  EP_DEVICE int left() const { return (items_ - item_) / num_warps_; }
-
  private:
   const Window& window_;
-  const int num_warps_;
   Claims claims_;
   int begin_of_lane_ = 0, count_of_lane_ = 0;  // lane r's: the tokens that rank r owns
   int item_ = 0, items_;
@@ -70,12 +65,13 @@ EP_DEVICE void add_into(char* stage, uint32_t lanes, const char* row_of_lane, in
 
 template <Return kReturn, class Ring>
 EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Results& results, int max_tokens,
-                         int piece_bytes, int num_warps) {
+                         int piece_bytes) {
+  constexpr int kTokens = 4;  // that share a release
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = results.num_topk;
   const int num_weights = kReturn == Return::kEveryRow ? 1 : num_topk;
-  Announcer announcer(window, epoch);
-  Owed owed(window, results.by_owner, num_warps);
+  Announcer announcer(window, epoch, kTokens);
+  Owed owed(window, results.by_owner);
   // What can be loaded a token ahead: nobody waits for it then.
   const auto look_ahead = [&] {
     Parcel parcel = owed.next();
@@ -145,7 +141,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
       device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
     }
     ++drained;
-    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained, owed.left());
+    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();

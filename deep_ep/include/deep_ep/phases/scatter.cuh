@@ -21,10 +21,10 @@ struct Rows {
 
 template <class Ring>
 EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, const Routing& routing,
-                       const TokenTables& tables, const Rows& rows, const Record& record, int piece_bytes,
-                       int num_warps) {
+                       const TokenTables& tables, const Rows& rows, const Record& record, int piece_bytes) {
+  constexpr int kTokens = 8;  // that share a release
   const int lane = device::lane_idx();
-  Announcer announcer(window, epoch);
+  Announcer announcer(window, epoch, kTokens);
   Claims claims(window, Queue::kSend);
   int ahead = claims.take();  // the token after the one being loaded
   Choice next = load_choice(routing, tables, ahead, routing.num_tokens);
@@ -91,9 +91,7 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
       }
     }
     ++drained;
-    if (ticket.last)
-      announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained,
-                    (routing.num_tokens - ahead) / num_warps);
+    if (ticket.last) announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();
