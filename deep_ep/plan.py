@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from deep_ep.layout import MAX_BLOCKS, MAX_RANKS, Record, align
+from deep_ep.layout import MAX_RANKS, Record, align
 
 TICKET_BYTES = 32 + 4 * MAX_RANKS  # what a ring remembers of a piece (include/deep_ep/phases/ring.cuh)
 MBARRIER_BYTES = 8

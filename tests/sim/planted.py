@@ -24,6 +24,7 @@ from deep_ep import jit
 from deep_ep.jit.toolchain import INCLUDE_DIR
 from deep_ep.machine.world import SimulationError, World
 from tests.elastic import cases, combines
+from tests.elastic.dispatches import Options
 from tests.sim import swarm
 
 MAX_SEEDS = 40
@@ -118,6 +119,8 @@ BUGS = (
         "next-row", "phases/copy_out.cuh", "row = tables.row_base[source] + item.slot;",
         "row = tables.row_base[source] + item.slot + 1;", "",
     ),
+    Bug("one-row-of-padding-too-many", "phases/blank.cuh", "start + align_up(count, alignment)",
+        "start + align_up(count, alignment) + 1", ""),
     Bug("count-oneself-twice", "phases/place.cuh", "before + device::popcount(same & device::lanes_below())",
         "before + device::popcount(same & device::lanes_below()) + 1", "differs"),
     # From one operation to the next.
@@ -168,16 +171,17 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options) -> swarm
         cases.Case(
             seed=seed * 8 + idx,
             tokens=tuple(r.randint(num_tokens, num_tokens + 4) for _ in range(NUM_RANKS)),
-            hidden=8 * r.choice([1, 8, 32]),
+            hidden=(hidden := 8 * r.choice([1, 8, 32])),
             num_topk=r.choice([2, 3]),
             num_experts=2 * NUM_RANKS,
             kind="random",
-            alignment=1,
+            alignment=r.choice([1, 4]),
             do_cpu_sync=False,
             with_weights=True,
             num_biases=idx % 2,
             num_sms=2 + seed % 2,
             spare_tokens=0,
+            options=Options(hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True),
             combining=combining,
         )
         for idx in range(2)
@@ -189,6 +193,7 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options) -> swarm
         num_sms=(3,) * NUM_RANKS,
         delays={seed % NUM_RANKS: r.choice([0, 10**4, 10**6])},
         largest=num_tokens + 4,
+        longest=swarm.SHORT,
         cases=drawn,
         num_overlapping=len(drawn),
     )

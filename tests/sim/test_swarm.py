@@ -39,7 +39,7 @@ def test_the_draw_covers_what_it_should() -> None:
     cases = [case for story in stories for case in story.cases]
     assert {1, 2, 3, 4, 8, 16} <= {story.num_ranks for story in stories}
     assert {story.roles for story in stories} == set(swarm.ROLES)
-    assert {"random", "holes", "skewed", "masked"} == {case.kind for case in cases}
+    assert {"random", "holes", "skewed", "masked", "twice"} == {case.kind for case in cases}
     assert {1, 2, 8, 32} <= {case.num_topk for case in cases}
     assert {0, 1, 2} == {case.num_biases for case in cases}
     assert {case.do_cpu_sync for case in cases} == {case.with_weights for case in cases} == {False, True}
@@ -49,9 +49,13 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {0, 1, 8} <= {each.num_scales for each in options}
     assert any(each.num_scales > 64 for each in options), "more than a token's lanes hold ahead"
     assert {"rows", "columns", "gaps"} == {each.scale_strides for each in options}
+    assert {(each.do_expand, each.do_zero_padding) for each in options} == set(
+        itertools.product((False, True), repeat=2)
+    )
     assert {each.packed for each in options} == {each.col_major_scales for each in options} == {False, True}
     assert any(max(case.tokens) == 0 for case in cases)
     assert any(0 in case.tokens and max(case.tokens) > 1 for case in cases)
+    assert any(case.first.hidden == story.longest == swarm.LONG for story in stories for case in story.cases)
     assert any(story.num_overlapping > 2 for story in stories)
     assert any(len(set(story.num_sms)) > 1 and 1 in story.num_sms for story in stories)
     assert any(max(story.delays.values(), default=0) > 10**5 for story in stories)
@@ -62,6 +66,7 @@ def test_the_draw_covers_what_it_should() -> None:
     assert any(story.num_overlapping > 1 for story in racing)
     expanded = [case.combining for story in racing for case in story.cases if case.combining.expanded]
     assert {options.multiple_reduction for options in expanded} == {False, True}
+    assert any(story.longest == swarm.LONG for story in racing)
 
 
 def test_a_seed_is_one_story() -> None:

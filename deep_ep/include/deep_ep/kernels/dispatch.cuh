@@ -9,6 +9,7 @@
 // pushes run.
 
 #include <deep_ep/phases/admit.cuh>
+#include <deep_ep/phases/blank.cuh>
 #include <deep_ep/phases/collect.cuh>
 #include <deep_ep/phases/copy_out.cuh>
 #include <deep_ep/phases/look_back.cuh>
@@ -123,7 +124,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
       copy_out(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.receive_piece_bytes, range, team,
                C.num_receive_warps, a.patience, tables, a.received);
     }
-    blank_unused(a.routing, a.received, tables.row_base[a.window.num_ranks], team);
+    blank(a.window, a.routing, a.record, a.alignment, tables, team, a.received);
   }
   if (a.num_send_blocks < device::num_blocks()) retire(a.window, epoch);
 }

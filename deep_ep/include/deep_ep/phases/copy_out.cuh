@@ -5,6 +5,8 @@
 // leaves behind every received row in its final place
 //
 // Own tokens never touch the staging region: their tails are composed here, so both kinds are landed by the same lines.
+// A row is loaded once, and stored once for each place that it has: one in the plain layout, one for each selection of an
+// expert of this rank in the expanded one.
 
 #include <deep_ep/phases/collect.cuh>
 #include <deep_ep/phases/compose.cuh>
@@ -13,14 +15,21 @@
 
 namespace deep_ep {
 
+enum class Layout : int32_t { kPlain, kExpanded };
+enum class Padding : int32_t { kLeave, kZero };
+
+// `any` rows are `rows` in the plain layout, `expanded_rows` in the expanded one.
 struct Received {
-  char* x;            // [rows, row_bytes]
-  int64_t stride;     // bytes
-  void* topk_idx;     // [rows, num_topk], as wide as the sender's indices
-  float* weights;     // [rows, num_topk] or null
-  int32_t* metadata;  // [rows, num_topk + 2]
-  Scales scales;      // [rows, count]
-  int32_t rows;       // allocated
+  char* x;                // [any, row_bytes]
+  int64_t stride;         // bytes
+  void* topk_idx;         // [rows, num_topk], as wide as the sender's indices; null in the expanded layout
+  float* weights;         // [rows, num_topk], or [expanded_rows] in the expanded layout; or null
+  int32_t* metadata;      // [rows, num_topk + 2]
+  Scales scales;          // [any, count]
+  int32_t rows;           // tokens that there is room for
+  int32_t expanded_rows;  // rows of the expanded layout that there is, or would be, room for
+  Layout layout;
+  Padding padding;  // of the expanded layout
 };
 
 // What comes from the peers, in about the order in which it is sent: the first token of every source, then the second
@@ -114,40 +123,55 @@ class Arrivals {
   bool failed_ = false;
 };
 
-EP_DEVICE void land_tail(const Window& window, const Routing& routing, const Tables& tables, const Received& out,
-                         int source, int row, const char* at) {
-  const RoutingTail tail{reinterpret_cast<int32_t*>(const_cast<char*>(at)), routing.num_topk};
-  const int k = device::lane_idx(), num_topk = routing.num_topk;
-  const int token = tail.token();
-  int expert = -1, position = -1;
-  float weight = 0.0f;
-  if (k < num_topk) {
-    expert = tail.expert(k);
-    position = tail.position(k);
-    weight = tail.weight(k);
-  }
+// Scale factors go beside the token's row, or beside each of its expanded rows, which lanes hold (or -1).
+EP_DEVICE void land_scales(const RoutingTail& tail, const Received& out, int row, int row_of_selection) {
+  const auto land = [&](int to) {
+    EP_NO_UNROLL
+    for (int i = device::lane_idx(); i < out.scales.count; i += 32) out.scales.at(to, i) = tail.scale(i);
+  };
+  if (out.scales.count == 0) return;
+  if (out.layout == Layout::kPlain) return land(row);
   EP_NO_UNROLL
-  for (int i = k; i < out.scales.count; i += 32) out.scales.at(row, i) = tail.scale(i);
-  device::fence_async_proxy_shared();  // the stage has been read, and may be loaded again
+  for (uint32_t left = device::ballot(row_of_selection >= 0); left != 0; left &= left - 1) {
+    land(device::shuffle(row_of_selection, lowest_bit(left)));
+  }
+}
 
+// Puts all that comes with a row where it belongs. Returns, to lane k, the row of selection k in the expanded layout, or
+// -1.
+EP_DEVICE int land_tail(const Window& window, const Routing& routing, const Tables& tables, const Received& out,
+                        int source, int row, const char* at) {
+  const RoutingTail tail{reinterpret_cast<int32_t*>(const_cast<char*>(at)), routing.num_topk};
+  const int k = device::lane_idx(), num_topk = routing.num_topk, token = tail.token();
+  const int expert = k < num_topk ? tail.expert(k) : -1;
+  const float weight = k < num_topk ? tail.weight(k) : 0.0f;
   const bool here = expert >= 0 && routing.rank_of(expert) == window.rank;
   const int local = here ? expert - window.rank * routing.experts_per_rank : -1;
   const uint32_t chosen = device::ballot(here);
+  int expanded = here ? tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k) : -1;
+  if (expanded >= out.expanded_rows) expanded = -1;  // more than the worst case: some token names an expert twice
+  land_scales(tail, out, row, expanded);
+  device::fence_async_proxy_shared();  // the tail has been read: its stage may be loaded again
+
   int32_t* metadata = out.metadata + int64_t(row) * (num_topk + 2);
   if (k == 0) {
     metadata[0] = source * routing.max_tokens + token;
     metadata[1] = source * num_topk + highest_bit(chosen);
   }
-  if (k < num_topk) {
-    const int64_t entry = int64_t(row) * num_topk + k;
-    metadata[2 + k] = here ? tables.expert_row[source * routing.experts_per_rank + local] + position : -1;
-    if (routing.index_bytes == 8) {
-      static_cast<int64_t*>(out.topk_idx)[entry] = local;
-    } else {
-      static_cast<int32_t*>(out.topk_idx)[entry] = local;
-    }
-    if (out.weights != nullptr) out.weights[entry] = weight;
+  if (k >= num_topk) return expanded;
+  metadata[2 + k] = expanded;
+  const int64_t entry = int64_t(row) * num_topk + k;
+  if (out.layout == Layout::kExpanded) {
+    if (expanded >= 0 && out.weights != nullptr) out.weights[expanded] = weight;
+    return expanded;
   }
+  if (routing.index_bytes == 8) {
+    static_cast<int64_t*>(out.topk_idx)[entry] = local;
+  } else {
+    static_cast<int32_t*>(out.topk_idx)[entry] = local;
+  }
+  if (out.weights != nullptr) out.weights[entry] = weight;
+  return expanded;
 }
 
 template <class Ring>
@@ -160,9 +184,11 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
   int ahead = range.begin + warp;  // this warp's next own token
   Choice next = load_choice(routing, token_tables, ahead, range.end);
 
-  // The token being loaded.
+  // The token being loaded. Its pieces come in the order last, first, second, ...: the last one brings the tail, which
+  // says where the others go.
+  const int num_pieces = (record.row_bytes + piece_bytes - 1) / piece_bytes;
   Choice choice = next;
-  int source = -1, row = 0, token = 0, offset = 0;
+  int source = -1, row = 0, token = 0, piece = 0;
   const char* from = nullptr;
 
   const auto next_own = [&] {
@@ -197,44 +223,46 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
   };
 
   const auto fill = [&](Stage stage, bool patient) {
-    if (offset == 0 && !next_token(patient)) return arrivals.more() ? Filled::kNotYet : Filled::kNoMore;
+    const bool with_tail = piece == 0;
+    if (with_tail && !next_token(patient)) return arrivals.more() ? Filled::kNotYet : Filled::kNoMore;
+    const int offset = (with_tail ? num_pieces - 1 : piece - 1) * piece_bytes;
     const int bytes = min_of(piece_bytes, record.row_bytes - offset);
-    const bool last = offset + bytes == record.row_bytes;
     const bool composed = source == window.rank;
-    if (last && composed) compose_tail(routing, token_tables.scales, token, choice, stage.data + bytes);
+    if (with_tail && composed) compose_tail(routing, token_tables.scales, token, choice, stage.data + bytes);
     device::sync_warp();
     if (device::elect()) {
-      *stage.ticket = {.token = token, .row = row, .source = source, .offset = offset, .bytes = bytes, .last = last};
-      const int loaded = last && !composed ? bytes + record.tail_bytes : bytes;
+      stage.ticket->row = row;
+      stage.ticket->source = source;
+      stage.ticket->offset = offset;
+      stage.ticket->bytes = bytes;
+      stage.ticket->with_tail = with_tail;
+      const int loaded = with_tail && !composed ? bytes + record.tail_bytes : bytes;
       device::mbarrier_arrive_expect(*stage.full, loaded);
       device::bulk_load(stage.data, from + offset, loaded, *stage.full);
     }
     device::sync_warp();
-    if (offset == 0 && composed) next = load_choice(routing, token_tables, ahead, range.end);
-    offset = last ? 0 : offset + bytes;
+    if (with_tail && composed) next = load_choice(routing, token_tables, ahead, range.end);
+    if (++piece == num_pieces) piece = 0;
     return Filled::kYes;
   };
+  int row_of_selection = -1;  // of the token being stored
   const auto drain = [&](Stage stage) {
     const Ticket& ticket = *stage.ticket;
-    if (device::elect()) device::bulk_store(out.x + ticket.row * out.stride + ticket.offset, stage.data, ticket.bytes);
-    if (ticket.last) land_tail(window, routing, tables, out, ticket.source, ticket.row, stage.data + ticket.bytes);
+    const auto store = [&](int to) {
+      if (device::elect()) device::bulk_store(out.x + to * out.stride + ticket.offset, stage.data, ticket.bytes);
+    };
+    if (out.layout == Layout::kPlain) store(ticket.row);
+    if (ticket.with_tail) {
+      const char* tail = stage.data + ticket.bytes;
+      row_of_selection = land_tail(window, routing, tables, out, ticket.source, ticket.row, tail);
+    }
+    if (out.layout == Layout::kPlain) return;
+    EP_NO_UNROLL
+    for (uint32_t left = device::ballot(row_of_selection >= 0); left != 0; left &= left - 1) {
+      store(device::shuffle(row_of_selection, lowest_bit(left)));
+    }
   };
   ring.run(fill, drain, [](int) {});
-}
-
-// Rows past the real count say "no expert", whatever their memory held.
-EP_DEVICE void blank_unused(const Routing& routing, const Received& out, int used_rows, const Blocks& team) {
-  const int thread = team.own() * device::num_threads() + device::thread_idx();
-  const int num_threads = team.count * device::num_threads();
-  const int64_t end = int64_t(out.rows) * routing.num_topk;
-  EP_NO_UNROLL
-  for (int64_t entry = int64_t(used_rows) * routing.num_topk + thread; entry < end; entry += num_threads) {
-    if (routing.index_bytes == 8) {
-      static_cast<int64_t*>(out.topk_idx)[entry] = -1;
-    } else {
-      static_cast<int32_t*>(out.topk_idx)[entry] = -1;
-    }
-  }
 }
 
 }  // namespace deep_ep
