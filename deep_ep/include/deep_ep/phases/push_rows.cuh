@@ -25,20 +25,23 @@ struct Parcel {
 class Owed {
  public:
   EP_DEVICE Owed(const Window& window, const RowsByOwner& by_owner, Share share)
-      : window_(window), by_owner_(by_owner), item_(share.first), step_(share.step) {
+      : rank_(window.rank), peers_(window.num_ranks - 1), item_(share.first), step_(share.step) {
     const int lane = device::lane_idx();
-    const bool peer = lane < window.num_ranks && lane != window.rank;
-    items_ = device::reduce_max(peer ? by_owner.count(lane) : 0) * (window.num_ranks - 1);
+    if (lane < window.num_ranks && lane != rank_) {
+      begin_ = by_owner.begin(lane);
+      count_ = by_owner.count(lane);
+    }
+    items_ = device::reduce_max(count_) * peers_;
   }
 
   EP_DEVICE Parcel next() {
-    const int peers = window_.num_ranks - 1;
     Parcel parcel;
     EP_NO_UNROLL
     for (; item_ < items_ && parcel.owner < 0; item_ += step_) {
-      const int other = item_ % peers, slot = item_ / peers;
-      const int owner = other < window_.rank ? other : other + 1;
-      if (slot < by_owner_.count(owner)) parcel = {owner, slot, by_owner_.begin(owner) + slot};
+      const int other = item_ % peers_, slot = item_ / peers_;
+      const int owner = other < rank_ ? other : other + 1;
+      const int received = device::shuffle(begin_, owner) + slot;
+      if (slot < device::shuffle(count_, owner)) parcel = {owner, slot, received};
     }
     return parcel;
   }
@@ -47,10 +50,10 @@ class Owed {
   EP_DEVICE int left() const { return (items_ - item_) / step_; }
 
  private:
-  const Window& window_;
-  const RowsByOwner& by_owner_;
+  const int rank_, peers_;
   int item_, items_;
   const int step_;
+  int begin_ = 0, count_ = 0;  // lane r's: of the tokens that rank r owns
 };
 
 // Adds `bytes` of the rows that the lanes in `lanes` point to, into a stage.
