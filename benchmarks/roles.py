@@ -37,7 +37,7 @@ COMBINES = [
 SUMS = [
     f"{send} {warps} {blocks}"
     for send in ("4,3,1", "5,3,1", "7,2,1", "10,2,1")
-    for warps in (14, 16)
+    for warps in (16, 20)
     for blocks in (12, 24)
 ]
 
