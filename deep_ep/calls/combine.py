@@ -55,7 +55,8 @@ def check_combine(
     """
     device, handle = endpoint.device, endpoint.own_handle(handle)
     validate.carries_no_gradient("combine", x=x, topk_weights=topk_weights)
-    x = validate.is_row_matrix("x", validate.is_tensor("x", x, "NH", torch.bfloat16, device))
+    dims = "XH" if handle.do_expand else "NH"
+    x = validate.is_row_matrix("x", validate.is_tensor("x", x, dims, torch.bfloat16, device))
     num_tokens, num_topk, hidden = handle.topk_idx.shape[0], handle.num_topk, x.shape[1]
     if handle.do_expand:
         returned = Return.SUM if allow_multiple_reduction else Return.EVERY_ROW

@@ -18,14 +18,14 @@ import torch.distributed as dist
 import deep_ep
 from deep_ep import ElasticBuffer, EPHandle
 from deep_ep.utils import per_token_cast_back, per_token_cast_to_fp8
-from tests.elastic import cases, ranks
+from tests.elastic import cases, dispatches, ranks
 from tests.elastic.dispatches import Options
 
 TOKENS, HIDDEN, MOST = 7, 80, 16
 
 
 def build(group: dist.ProcessGroup) -> ElasticBuffer:
-    return ElasticBuffer(group, num_max_tokens_per_rank=MOST, hidden=1024)
+    return ElasticBuffer(group, num_max_tokens_per_rank=MOST, hidden=1024, allow_multiple_reduction=False)
 
 
 def draw(seed: int, group: dist.ProcessGroup) -> cases.Case:
@@ -50,7 +50,7 @@ def a_subgroup(group: dist.ProcessGroup, device: torch.device) -> None:
 
 def a_given_size(group: dist.ProcessGroup, device: torch.device) -> None:
     """num_bytes wins over the settings, and stands alone where calls name their tokens themselves."""
-    num_bytes = ElasticBuffer.get_buffer_size_hint(group, 2 * MOST, 1024)
+    num_bytes = ElasticBuffer.get_buffer_size_hint(group, 2 * MOST, 1024, allow_multiple_reduction=False)
     for settings in ({"num_max_tokens_per_rank": 1, "hidden": 8}, {}):
         buffer = ElasticBuffer(group, num_bytes=num_bytes, **settings)
         assert buffer.num_bytes == num_bytes
@@ -247,7 +247,7 @@ def with_gaps(x: torch.Tensor) -> torch.Tensor:
 def same(got: torch.Tensor | None, expected: torch.Tensor | None) -> None:
     assert got is not None
     assert expected is not None
-    cases.same("the result", got, expected.cpu())
+    dispatches.same("the result", got, expected.cpu())
 
 
 WAYS: tuple[Callable[[dist.ProcessGroup, torch.device], None], ...] = (

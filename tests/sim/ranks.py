@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -81,12 +81,14 @@ class Settings:
         seed: of the first launch; later ones count on.
         num_sms: blocks that each rank's launches have at most; they may differ.
         delays: virtual nanoseconds by which each kernel of a rank starts late.
+        patience: what becomes of waits when nothing can move any more (World.launch).
     """
 
     toolchain: jit.Gxx
     seed: int
     num_sms: tuple[int, ...]
     delays: Mapping[int, int]
+    patience: Literal["report", "expire"] = "report"
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ class Ranks:
             for idx, (queued, request) in enumerate(stream)
         ]
         seed, self.num_launches = self.settings.seed + self.num_launches, self.num_launches + 1
-        self.num_steps += self.world.launch(launches, seed=seed, delays=self.settings.delays).num_steps
+        delays, patience = self.settings.delays, self.settings.patience
+        self.num_steps += self.world.launch(launches, seed=seed, delays=delays, patience=patience).num_steps
         written = [guest.written() for guest in guests]
         for guest in guests:
             guest.leave()
