@@ -195,6 +195,9 @@ class ElasticBuffer:
             previous_event: what kernels wait for instead of the current stream.
             previous_event_before_epilogue: waited for before output tensors are written.
             async_with_compute_stream: leave it to ``event`` to make the current stream wait.
+            handle: of an earlier dispatch, whose routing is used again: no counts travel, the host waits for nothing,
+                and sizes are the handle's. topk_idx is None then, and other arguments that the handle knows are left
+                out or the same. The layout is what ``do_expand`` says now, and the handle follows it.
             do_handle_copy: False lets the handle hold ``topk_idx`` itself.
             do_cpu_sync: True (the default): wait for the counts and return exact sizes. False: R*M rows, nothing
                 blocks; rows past the real count have recv_topk_idx -1.
@@ -215,7 +218,6 @@ class ElasticBuffer:
         """
         endpoint = self._usable()
         validate.is_there("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats is not None)
-        validate.is_there("handle", handle is not None)
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
@@ -224,11 +226,11 @@ class ElasticBuffer:
             topk_idx=topk_idx,
             topk_weights=topk_weights,
             num_experts=num_experts,
-            num_max_tokens_per_rank=self.num_max_tokens_per_rank
-            if num_max_tokens_per_rank is None
-            else num_max_tokens_per_rank,
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            buffers_max_tokens=self.num_max_tokens_per_rank,
             expert_alignment=expert_alignment,
             num_sms=num_sms,
+            handle=handle,
             do_handle_copy=do_handle_copy,
             do_cpu_sync=do_cpu_sync,
             do_expand=do_expand,

@@ -145,6 +145,12 @@ def plan_combine(roles: Roles, record: Record, max_parts: int, shared_limit: int
     return LaunchPlan(send, receive, tables, tables + max(send.rings_bytes, receive.rings_bytes))
 
 
+def expanded_rows_at_most(max_tokens: int, num_ranks: int, num_topk: int, local_experts: int, alignment: int) -> int:
+    """Rows of the expanded layout when every rank sends all it may, to as many experts here as a token can select."""
+    rows = num_ranks * max_tokens * min(num_topk, local_experts) + (alignment - 1) * local_experts
+    return align(rows, alignment)
+
+
 NVLINK_GBS = 365  # what kernels reach from one H200 to another, in one direction (docs/performance.md)
 SM_WRITE_GBS = 50  # what one SM writes while it also reads
 

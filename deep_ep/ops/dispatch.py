@@ -38,6 +38,11 @@ class Scales(ctypes.Structure):
         return Scales(scales.data_ptr(), scales.stride(0), scales.stride(1), scales.shape[1])
 
 
+class PlacesFrom(enum.IntEnum):
+    SELECTIONS = 0
+    HANDLE = 1
+
+
 class Layout(enum.IntEnum):
     PLAIN = 0
     EXPANDED = 1
@@ -55,6 +60,7 @@ class Received(ctypes.Structure):
         ("topk_idx", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("metadata", ctypes.c_void_p),
+        ("known_metadata", ctypes.c_void_p),
         ("scales", Scales),
         ("rows", ctypes.c_int32),
         ("expanded_rows", ctypes.c_int32),
@@ -90,6 +96,7 @@ class DispatchArgs(ctypes.Structure):
         ("received", Received),
         ("counts", Counts),
         ("host_words", ctypes.c_void_p),
+        ("places_from", ctypes.c_int32),
         ("alignment", ctypes.c_int32),
         ("num_place_warps", ctypes.c_int32),
         *LAUNCH_FIELDS,

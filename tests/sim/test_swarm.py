@@ -42,7 +42,10 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {1, 2, 8, 32} <= {case.num_topk for case in cases}
     assert {0, 1, 2} == {case.num_biases for case in cases}
     assert {case.do_cpu_sync for case in cases} == {case.with_weights for case in cases} == {False, True}
-    options = [case.first for case in cases]
+    options = [each for case in cases for each in (case.first, *case.again)]
+    assert {0, 1, 2} == {len(case.again) for case in cases}
+    layouts = {(case.do_cpu_sync, case.first.do_expand, each.do_expand) for case in cases for each in case.again}
+    assert layouts == set(itertools.product((False, True), repeat=3))
     assert {0, 1, 8} <= {each.num_scales for each in options}
     assert any(each.num_scales > 64 for each in options), "more than a token's lanes hold ahead"
     assert {"rows", "columns", "gaps"} == {each.scale_strides for each in options}

@@ -6,7 +6,7 @@
 // from x. The two never share a block: stores to a peer that wait for the link would hold up the copies behind them.
 //
 // A launch may also do one half only. With a CPU sync the host allocates exact tensors between the halves, while the
-// pushes run.
+// pushes run. With the handle of an earlier dispatch all places are known and no counts are exchanged.
 
 #include <deep_ep/phases/admit.cuh>
 #include <deep_ep/phases/blank.cuh>
@@ -15,6 +15,7 @@
 #include <deep_ep/phases/look_back.cuh>
 #include <deep_ep/phases/place.cuh>
 #include <deep_ep/phases/publish.cuh>
+#include <deep_ep/phases/recall.cuh>
 #include <deep_ep/phases/report.cuh>
 #include <deep_ep/phases/retire.cuh>
 #include <deep_ep/phases/scatter.cuh>
@@ -37,6 +38,8 @@ struct Places {
   int32_t* positions;
 };
 
+enum class PlacesFrom : int32_t { kSelections, kHandle };
+
 struct DispatchArgs {
   Window window;
   device::Patience patience;
@@ -45,11 +48,12 @@ struct DispatchArgs {
   Rows rows;
   const float* weights;  // [num_tokens, num_topk] or null
   Scales scales;         // [num_tokens, count]
-  Places sent;           // what senders work out; in a launch without senders, what an earlier one did
-  Places kept;           // what receivers work out for themselves, so that no half waits for the other
+  Places sent;  // what senders work out; in a launch without senders, or with a handle, what an earlier one did
+  Places kept;  // what receivers work out for themselves, so that no half waits for the other
   Received received;
   Counts counts;
   int32_t* host_words;  // null, or where a launch of senders only reports the counts
+  PlacesFrom places_from;
   int32_t alignment;
   int32_t num_place_warps;  // as many as have room for their counts (plan.py)
   int32_t num_send_blocks;  // the others receive
@@ -88,6 +92,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   const Range range = part_of({0, a.routing.num_tokens}, team.own(), team.count);
   const Places& places = receiver && a.num_send_blocks > 0 ? a.kept : a.sent;
   const TokenTables token_tables{places.slots, places.positions, a.weights, a.scales};
+  const bool recalls = a.places_from == PlacesFrom::kHandle, places_tokens = !recalls && a.num_send_blocks > 0;
   const int experts_per_rank = a.routing.experts_per_rank, warp = device::warp_idx();
   char* rings = device::shared_memory<char>(a.tables_bytes);
   const auto good = [&] { return device::load_relaxed_gpu(tables.ok) != 0; };
@@ -95,12 +100,13 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   if (device::thread_idx() == 0) device::store_relaxed_gpu(tables.ok, 1);
   device::sync_block();
   if (sender) admit(a.window, epoch, a.patience, tables.ok);
-  if (a.num_send_blocks > 0) place(a, epoch, team, range, places, tables);
-  if (sender && good()) publish(a.window, epoch, team, experts_per_rank, tables);
+  if (places_tokens) place(a, epoch, team, range, places, tables);
+  if (places_tokens && sender && good()) publish(a.window, epoch, team, experts_per_rank, tables);
   device::sync_block();
 
   const bool reports = sender && a.host_words != nullptr && team.own() == 0;
-  if ((receiver || reports) && good()) {
+  if (recalls && receiver) recall(a.window, experts_per_rank, a.num_send_blocks, a.counts, tables);
+  if (!recalls && (receiver || reports) && good()) {
     collect(a.window, epoch, experts_per_rank, a.alignment, a.patience, tables);
     if (reports && good()) report_to_host(a.window, experts_per_rank, tables, a.host_words);
     if (receiver && good() && team.own() == 0) report_counts(a.window, experts_per_rank, a.alignment, tables, a.counts);

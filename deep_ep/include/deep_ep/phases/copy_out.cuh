@@ -1,5 +1,5 @@
 #pragma once
-// reads         own rows of x; staged records of the peers
+// reads         own rows of x; staged records of the peers; a handle's metadata
 // writes        recv_x and its scale factors, recv_topk_idx, recv_topk_weights, recv_src_metadata
 // waits for     the arrival marks: it takes whatever has come
 // leaves behind every received row in its final place
@@ -20,14 +20,15 @@ enum class Padding : int32_t { kLeave, kZero };
 
 // `any` rows are `rows` in the plain layout, `expanded_rows` in the expanded one.
 struct Received {
-  char* x;                // [any, row_bytes]
-  int64_t stride;         // bytes
-  void* topk_idx;         // [rows, num_topk], as wide as the sender's indices; null in the expanded layout
-  float* weights;         // [rows, num_topk], or [expanded_rows] in the expanded layout; or null
-  int32_t* metadata;      // [rows, num_topk + 2]
-  Scales scales;          // [any, count]
-  int32_t rows;           // tokens that there is room for
-  int32_t expanded_rows;  // rows of the expanded layout that there is, or would be, room for
+  char* x;                        // [any, row_bytes]
+  int64_t stride;                 // bytes
+  void* topk_idx;                 // [rows, num_topk], as wide as the sender's indices; null in the expanded layout
+  float* weights;                 // [rows, num_topk], or [expanded_rows] in the expanded layout; or null
+  int32_t* metadata;              // [rows, num_topk + 2], or null if a handle has it
+  const int32_t* known_metadata;  // a handle's, or null
+  Scales scales;                  // [any, count]
+  int32_t rows;                   // tokens that there is room for
+  int32_t expanded_rows;          // rows of the expanded layout that there is, or would be, room for
   Layout layout;
   Padding padding;  // of the expanded layout
 };
@@ -158,14 +159,22 @@ EP_DEVICE int land_tail(const Window& window, const Routing& routing, const Tabl
   const bool here = expert >= 0 && routing.rank_of(expert) == window.rank;
   const int local = here ? expert - window.rank * routing.experts_per_rank : -1;
   const uint32_t chosen = device::ballot(here);
-  int expanded = here ? tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k) : -1;
-  if (expanded >= out.expanded_rows) expanded = -1;  // more than the worst case: some token names an expert twice
-  int32_t* metadata = out.metadata + int64_t(row) * (num_topk + 2);
-  if (k == 0) {
-    metadata[0] = source * routing.max_tokens + tail.token();
-    metadata[1] = source * num_topk + highest_bit(chosen);
+  const int64_t entry_of_row = int64_t(row) * (num_topk + 2);
+  int expanded = -1;
+  if (out.known_metadata == nullptr) {
+    if (here) expanded = tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k);
+  } else if (k < num_topk && out.layout == Layout::kExpanded) {
+    expanded = out.known_metadata[entry_of_row + 2 + k];
   }
-  if (k < num_topk) metadata[2 + k] = expanded;
+  if (expanded >= out.expanded_rows) expanded = -1;  // more than the worst case: some token names an expert twice
+  if (out.known_metadata == nullptr) {
+    int32_t* metadata = out.metadata + entry_of_row;
+    if (k == 0) {
+      metadata[0] = source * routing.max_tokens + tail.token();
+      metadata[1] = source * num_topk + highest_bit(chosen);
+    }
+    if (k < num_topk) metadata[2 + k] = expanded;
+  }
   if (out.layout == Layout::kExpanded) {
     land_beside_expanded(tail, out, expanded);
     return expanded;

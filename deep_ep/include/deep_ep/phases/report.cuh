@@ -8,6 +8,7 @@
 
 namespace deep_ep {
 
+// What a handle keeps: reported by the dispatch that makes it, read by those that use it.
 struct Counts {
   int32_t* per_rank;            // [num_ranks]         inclusive sums of rows by source
   int32_t* per_expert_aligned;  // [experts_per_rank]  inclusive sums of aligned counts
