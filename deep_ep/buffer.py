@@ -188,6 +188,8 @@ class ElasticBuffer:
                 packs four UE8M0) of any strides. T may be 0 and differ by rank, rows are multiples of 16 bytes.
             topk_idx: [T, K] topk_idx_t, experts of each token; -1 is "no expert".
             topk_weights: [T, K] float32, carried and not multiplied in.
+            cumulative_local_expert_recv_stats: [L] int32, to which the selections that each local expert received are
+                added.
             num_experts: of all ranks together; expert e lives on rank e // (num_experts / num_ranks).
             num_max_tokens_per_rank: M, the same on all ranks; None is the buffer's.
             expert_alignment: what counts per expert are rounded up to; None is 1.
@@ -217,7 +219,6 @@ class ElasticBuffer:
             EPTimeoutError: a peer did not come.
         """
         endpoint = self._usable()
-        validate.is_there("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats is not None)
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
@@ -225,6 +226,7 @@ class ElasticBuffer:
             x=x,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
+            stats=cumulative_local_expert_recv_stats,
             num_experts=num_experts,
             num_max_tokens_per_rank=num_max_tokens_per_rank,
             buffers_max_tokens=self.num_max_tokens_per_rank,

@@ -150,6 +150,19 @@ def is_weights(value: Any, name: str, rows: int, num_topk: int, device: torch.de
     return weights
 
 
+def is_stats(value: Any, local_experts: int, device: torch.device) -> torch.Tensor | None:
+    if value is None:
+        return None
+    name = "cumulative_local_expert_recv_stats"
+    stats = is_tensor(name, value, "L", torch.int32, device)
+    if stats.shape[0] != local_experts or not stats.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous [{local_experts}], a count for each local expert, but its shape is "
+            f"{list(stats.shape)} and its strides are {stats.stride()}"
+        )
+    return stats
+
+
 def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
     """Look at every index (this waits for the device): in range, and no expert twice in a token.
 

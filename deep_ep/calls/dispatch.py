@@ -27,6 +27,7 @@ class Asked:
     x: Any
     topk_idx: Any
     topk_weights: Any
+    stats: Any
     num_experts: Any
     num_max_tokens_per_rank: Any
     buffers_max_tokens: int
@@ -59,6 +60,7 @@ class DispatchRequest:
     payload: Payload  # [T, H]
     routing: RoutingRequest
     weights: torch.Tensor | None  # [T, K]
+    stats: torch.Tensor | None  # [L] int32, to be added to
     num_sms: int
     record: layout.Record
     exact_sizes: bool  # the host waits for the counts
@@ -92,6 +94,7 @@ def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
         payload=payload,
         routing=routing,
         weights=weights,
+        stats=validate.is_stats(asked.stats, routing.num_experts // endpoint.num_ranks, endpoint.device),
         num_sms=num_sms,
         record=record,
         exact_sizes=exact_sizes,
@@ -170,6 +173,7 @@ class Call:
             rows=Rows.of(request.payload.rows),
             weights=pointer(weights),
             scales=Scales.of(request.payload.scales),
+            stats=pointer(request.stats),
             alignment=request.routing.alignment,
             num_place_warps=plan.num_place_warps(roles, num_experts, num_ranks, limit),
         )
@@ -209,13 +213,14 @@ class Call:
             shared_bytes=self.plan.shared_bytes,
             order=self.order,
             reads=(payload.rows, payload.scales, self.weights, *reads),
-            writes=writes,
+            writes=(self.request.stats, *writes),
         )
 
     def end(self, inputs: Tensors, outputs: Tensors) -> EventOverlap:
         """``inputs``, ``outputs``: beside those of every dispatch."""
-        payload = self.request.payload
-        return self.order.end((payload.rows, payload.scales, self.request.weights, *inputs), (self.weights, *outputs))
+        request, payload = self.request, self.request.payload
+        given = (payload.rows, payload.scales, request.weights, request.stats)
+        return self.order.end((*given, *inputs), (self.weights, *outputs))
 
 
 def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult:

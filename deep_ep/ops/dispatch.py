@@ -95,6 +95,7 @@ class DispatchArgs(ctypes.Structure):
         ("kept", Places),
         ("received", Received),
         ("counts", Counts),
+        ("stats", ctypes.c_void_p),
         ("host_words", ctypes.c_void_p),
         ("places_from", ctypes.c_int32),
         ("alignment", ctypes.c_int32),

@@ -182,6 +182,15 @@ def wrong_sizes(t: Table) -> Iterator[Mistake]:
     yield t.mistake(TypeError, "expert_alignment must be an int, but it is a float", expert_alignment=8.0)
     yield t.mistake(ValueError, "num_sms must be at least 0, but it is -1", num_sms=-1)
     yield t.mistake(TypeError, "num_sms must be an int, but it is a str", num_sms="4")
+    stats, name = (
+        torch.zeros(EXPERTS // NUM_RANKS, dtype=torch.int32, device=t.device),
+        "cumulative_local_expert_recv_stats",
+    )
+    yield t.mistake(TypeError, f"{name} must be torch.int32, but it is torch.int64", **{name: stats.long()})
+    yield t.mistake(ValueError, f"{name} must be contiguous [4], a count for each", **{name: stats[:3]})
+    yield t.mistake(ValueError, f"{name} must be contiguous [4], a count for each", **{name: stats[:1].expand(4)})
+    yield t.mistake(ValueError, f"{name} must be on {t.device}", **{name: stats.to("meta")})
+    yield t.again(ValueError, f"{name} must be contiguous [4], a count for each", **{name: stats[:3]})
     for name in ("previous_event", "previous_event_before_epilogue"):
         text = f"{name} must be an EventOverlap, an EventHandle or None, but it is a str"
         yield t.mistake(TypeError, text, **{name: "now"})
@@ -224,10 +233,6 @@ def wrong_handles(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -
 
 def not_there_yet(t: Table) -> Iterator[Mistake]:
     """What this version refuses rather than ignores."""
-    stats = torch.zeros(EXPERTS // NUM_RANKS, dtype=torch.int32, device=t.device)
-    for changes in ({"cumulative_local_expert_recv_stats": stats},):
-        (name,) = changes
-        yield t.mistake(NotImplementedError, f"{name} is not there yet", **changes)
     yield Mistake(functools.partial(combine_expanded, t), "handle.do_expand", NotImplementedError, "do_expand")
 
 

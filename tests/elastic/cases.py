@@ -102,6 +102,7 @@ class Trip:
             expert_alignment=case.alignment,
             num_sms=case.num_sms,
             do_cpu_sync=case.do_cpu_sync,
+            do_handle_copy=case.seed % 3 != 0,
         )
         handle = self.dispatch.handle
         assert (handle.num_recv_tokens, handle.num_expanded_tokens) == (allocated, expanded)

@@ -104,8 +104,8 @@ BUGS = (
     Bug("ring-without-sync", "phases/ring.cuh", SYNC_WARP, "", RACE, times=3),
     Bug("place-without-sync", "phases/place.cuh", SYNC_WARP, "", RACE, times=4),
     Bug("dispatch-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n", "", RACE, times=7),
-    Bug("recall-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n\n  if (sender && warp <",
-        "  if (sender && warp <", RACE),
+    Bug("recall-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n\n  if (receiver",
+        "  if (receiver", RACE),
     Bug("collect-without-sync", "phases/collect.cuh", "  device::sync_block();\n\n", "", RACE),
     # Places.
     Bug("stage-at-the-next-slot", "phases/push_rows.cuh", "{.row = slot,", "{.row = slot + 1,", ""),
@@ -174,7 +174,9 @@ def draw_story(seed: int, num_tokens: int) -> swarm.Story:
             num_biases=idx % 2,
             num_sms=2 + seed % 2,
             spare_tokens=0,
-            options=Options(hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True),
+            options=Options(
+                hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True, with_stats=True
+            ),
             again=(Options(hidden, with_weights=True, do_expand=r.random() < 0.5),) * idx,
         )
         for idx in range(2)

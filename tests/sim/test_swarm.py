@@ -52,6 +52,7 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {(each.do_expand, each.do_zero_padding) for each in options} == set(
         itertools.product((False, True), repeat=2)
     )
+    assert {each.with_stats for each in options} == {each.with_weights for each in options} == {False, True}
     assert {each.packed for each in options} == {each.col_major_scales for each in options} == {False, True}
     assert any(max(case.tokens) == 0 for case in cases)
     assert any(0 in case.tokens and max(case.tokens) > 1 for case in cases)

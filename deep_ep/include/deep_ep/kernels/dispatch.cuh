@@ -52,6 +52,7 @@ struct DispatchArgs {
   Places kept;  // what receivers work out for themselves, so that no half waits for the other
   Received received;
   Counts counts;
+  int32_t* stats;       // [experts_per_rank] or null: grows by what each local expert receives
   int32_t* host_words;  // null, or where a launch of senders only reports the counts
   PlacesFrom places_from;
   int32_t alignment;
@@ -113,6 +114,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   }
   device::sync_block();
 
+  if (receiver && good() && team.own() == 0) add_to_stats(experts_per_rank, tables, a.stats);
   if (sender && warp < C.num_send_warps && good()) {
     using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
     const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);

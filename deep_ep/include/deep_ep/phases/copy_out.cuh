@@ -1,6 +1,6 @@
 #pragma once
-// reads         own rows of x; staged records of the peers; a handle's metadata
-// writes        recv_x and its scale factors, recv_topk_idx, recv_topk_weights, recv_src_metadata
+// reads         own rows of x; staged records of the peers
+// writes        recv_x; with it, what land.cuh puts beside a row
 // waits for     the arrival marks: it takes whatever has come
 // leaves behind every received row in its final place
 //
@@ -10,28 +10,11 @@
 
 #include <deep_ep/phases/collect.cuh>
 #include <deep_ep/phases/compose.cuh>
+#include <deep_ep/phases/land.cuh>
 #include <deep_ep/phases/scatter.cuh>
 #include <deep_ep/wire/blocks.cuh>
 
 namespace deep_ep {
-
-enum class Layout : int32_t { kPlain, kExpanded };
-enum class Padding : int32_t { kLeave, kZero };
-
-// `any` rows are `rows` in the plain layout, `expanded_rows` in the expanded one.
-struct Received {
-  char* x;                        // [any, row_bytes]
-  int64_t stride;                 // bytes
-  void* topk_idx;                 // [rows, num_topk], as wide as the sender's indices; null in the expanded layout
-  float* weights;                 // [rows, num_topk], or [expanded_rows] in the expanded layout; or null
-  int32_t* metadata;              // [rows, num_topk + 2], or null if a handle has it
-  const int32_t* known_metadata;  // a handle's, or null
-  Scales scales;                  // [any, count]
-  int32_t rows;                   // tokens that there is room for
-  int32_t expanded_rows;          // rows of the expanded layout that there is, or would be, room for
-  Layout layout;
-  Padding padding;  // of the expanded layout
-};
 
 // What comes from the peers, in about the order in which it is sent: the first token of every (source, sending block),
 // then the second of each, and so on. A warp looks at 32 of its share at a time, one a lane, and takes whichever has
@@ -135,63 +118,6 @@ class Arrivals {
   uint32_t left_ = 0, came_ = 0;  // lanes whose item is still to be taken; of those, whose has come
   bool failed_ = false;
 };
-
-// Weight and scale factors of each of a token's expanded rows; lane k has the row of selection k, or -1.
-EP_DEVICE void land_beside_expanded(const RoutingTail& tail, const Received& out, int row_of_selection) {
-  const int k = device::lane_idx();
-  if (row_of_selection >= 0 && out.weights != nullptr) out.weights[row_of_selection] = tail.weight(k);
-  if (out.scales.count == 0) return;
-  EP_NO_UNROLL
-  for (uint32_t left = device::ballot(row_of_selection >= 0); left != 0; left &= left - 1) {
-    const int row = device::shuffle(row_of_selection, lowest_bit(left));
-    EP_NO_UNROLL
-    for (int i = k; i < out.scales.count; i += 32) out.scales.at(row, i) = tail.scale(i);
-  }
-}
-
-// Puts all that comes with a row where it belongs. Returns, to lane k, the row of selection k in the expanded layout, or
-// -1.
-EP_DEVICE int land_tail(const Window& window, const Routing& routing, const Tables& tables, const Received& out,
-                        int source, int row, const char* at) {
-  const RoutingTail tail{reinterpret_cast<int32_t*>(const_cast<char*>(at)), routing.num_topk};
-  const int k = device::lane_idx(), num_topk = routing.num_topk;
-  const int expert = k < num_topk ? tail.expert(k) : -1;
-  const bool here = expert >= 0 && routing.rank_of(expert) == window.rank;
-  const int local = here ? expert - window.rank * routing.experts_per_rank : -1;
-  const uint32_t chosen = device::ballot(here);
-  const int64_t entry_of_row = int64_t(row) * (num_topk + 2);
-  int expanded = -1;
-  if (out.known_metadata == nullptr) {
-    if (here) expanded = tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k);
-  } else if (k < num_topk && out.layout == Layout::kExpanded) {
-    expanded = out.known_metadata[entry_of_row + 2 + k];
-  }
-  if (expanded >= out.expanded_rows) expanded = -1;  // more than the worst case: some token names an expert twice
-  if (out.known_metadata == nullptr) {
-    int32_t* metadata = out.metadata + entry_of_row;
-    if (k == 0) {
-      metadata[0] = source * routing.max_tokens + tail.token();
-      metadata[1] = source * num_topk + highest_bit(chosen);
-    }
-    if (k < num_topk) metadata[2 + k] = expanded;
-  }
-  if (out.layout == Layout::kExpanded) {
-    land_beside_expanded(tail, out, expanded);
-    return expanded;
-  }
-  if (k < num_topk) {
-    const int64_t entry = int64_t(row) * num_topk + k;
-    if (routing.index_bytes == 8) {
-      static_cast<int64_t*>(out.topk_idx)[entry] = local;
-    } else {
-      static_cast<int32_t*>(out.topk_idx)[entry] = local;
-    }
-    if (out.weights != nullptr) out.weights[entry] = tail.weight(k);
-  }
-  EP_NO_UNROLL
-  for (int i = k; i < out.scales.count; i += 32) out.scales.at(row, i) = tail.scale(i);
-  return expanded;
-}
 
 template <class Ring>
 EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, const Routing& routing,
