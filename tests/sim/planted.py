@@ -116,7 +116,7 @@ BUGS = (
     Bug("one-row-of-padding-too-many", "phases/blank.cuh", "start + align_up(count, alignment)",
         "start + align_up(count, alignment) + 1", ""),
     Bug("count-oneself-twice", "phases/place.cuh", "before + device::popcount(same & device::lanes_below())",
-        "before + device::popcount(same & device::lanes_below()) + 1", "differs"),
+        "before + device::popcount(same & device::lanes_below()) + 1", ""),
     # From one operation to the next.
     Bug("enter-unadmitted", "phases/admit.cuh", "seen == epoch ? epoch - 1 : seen;", "epoch - 1 + 0 * seen;", RACE),
     Bug("admit-relaxed", "phases/admit.cuh", "load_acquire_sys", "load_relaxed_sys", RACE),
