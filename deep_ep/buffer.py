@@ -209,6 +209,8 @@ class ElasticBuffer:
                 packs four UE8M0) of any strides. T may be 0 and differ by rank, rows are multiples of 16 bytes.
             topk_idx: [T, K] topk_idx_t, experts of each token; -1 is "no expert".
             topk_weights: [T, K] float32, carried and not multiplied in.
+            cumulative_local_expert_recv_stats: [L] int32, to which the selections that each local expert received are
+                added.
             num_experts: of all ranks together; expert e lives on rank e // (num_experts / num_ranks).
             num_max_tokens_per_rank: M, the same on all ranks; None is the buffer's.
             expert_alignment: what counts per expert are rounded up to; None is 1.
@@ -216,6 +218,9 @@ class ElasticBuffer:
             previous_event: what kernels wait for instead of the current stream.
             previous_event_before_epilogue: waited for before output tensors are written.
             async_with_compute_stream: leave it to ``event`` to make the current stream wait.
+            handle: of an earlier dispatch, whose routing is used again: no counts travel, the host waits for nothing,
+                and sizes are the handle's. topk_idx is None then, and other arguments that the handle knows are left
+                out or the same. The layout is what ``do_expand`` says now, and the handle follows it.
             do_handle_copy: False lets the handle hold ``topk_idx`` itself.
             do_cpu_sync: True (the default): wait for the counts and return exact sizes. False: R*M rows, nothing
                 blocks; rows past the real count have recv_topk_idx -1.
@@ -235,8 +240,6 @@ class ElasticBuffer:
             EPTimeoutError: a peer did not come.
         """
         endpoint = self._usable()
-        validate.is_there("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats is not None)
-        validate.is_there("handle", handle is not None)
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
@@ -244,12 +247,13 @@ class ElasticBuffer:
             x=x,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
+            stats=cumulative_local_expert_recv_stats,
             num_experts=num_experts,
-            num_max_tokens_per_rank=self.num_max_tokens_per_rank
-            if num_max_tokens_per_rank is None
-            else num_max_tokens_per_rank,
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            buffers_max_tokens=self.num_max_tokens_per_rank,
             expert_alignment=expert_alignment,
             num_sms=num_sms,
+            handle=handle,
             do_handle_copy=do_handle_copy,
             do_cpu_sync=do_cpu_sync,
             do_expand=do_expand,

@@ -17,7 +17,7 @@ class EPHandle:
     """
 
     do_expand: bool
-    """Whether combine takes rows of the expanded layout."""
+    """Whether combine takes rows of the expanded layout, as the last dispatch that made or used the handle returned."""
     num_experts: int
     expert_alignment: int
     num_max_tokens_per_rank: int
@@ -42,9 +42,17 @@ class EPHandle:
     layout or -1."""
     dst_buffer_slot_idx: torch.Tensor
     """[T, K] int32: place of this token among those that this rank sends to the rank of the selection, or -1."""
+    per_expert_aligned: torch.Tensor = field(repr=False)
+    per_expert_end: torch.Tensor = field(repr=False)
+    """[L] int32: psum_num_recv_tokens_per_expert of the plain and of the expanded layout."""
     group_ranks: tuple[int, ...] = field(repr=False)
     """Global ranks of the group; a buffer of another group refuses the handle."""
     rank: int = field(repr=False)
+
+    def turn_to(self, do_expand: bool) -> None:
+        """A dispatch has used the handle for this layout: what depends on it follows."""
+        self.do_expand = do_expand
+        self.psum_num_recv_tokens_per_expert = self.per_expert_end if do_expand else self.per_expert_aligned
 
     @property
     def num_topk(self) -> int:

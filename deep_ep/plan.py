@@ -173,6 +173,12 @@ def plan_combine(roles: CombineRoles, record: Record, shared_limit: int) -> Ring
     return ring(roles.send, shared_limit, record.row_bytes, record.tail_bytes)
 
 
+def expanded_rows_at_most(max_tokens: int, num_ranks: int, num_topk: int, local_experts: int, alignment: int) -> int:
+    """Rows of the expanded layout when every rank sends all it may, to as many experts here as a token can select."""
+    rows = num_ranks * max_tokens * min(num_topk, local_experts) + (alignment - 1) * local_experts
+    return align(rows, alignment)
+
+
 # One H200 to another, in one direction (docs/performance.md): what kernels reach, and which part that is of the wire.
 NVLINK_GBS = 365.0
 NVLINK_REACHED = NVLINK_GBS / (18 * 26.5625)

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from deep_ep.event import EventHandle, EventOverlap, Timing
+from deep_ep.handle import EPHandle
 from deep_ep.layout import MAX_EXPERTS, MAX_SCALES, MAX_TOPK
+from deep_ep.plan import expanded_rows_at_most
 
 MAX_ALIGNMENT = 1 << 16  # rows; aligned counts of all experts stay far inside 32 bits
 YEAR = 365 * 24 * 3600  # seconds
@@ -151,7 +153,7 @@ def is_topk_idx(value: Any, num_tokens: int, dtype: torch.dtype, device: torch.d
     if not 1 <= topk_idx.shape[1] <= MAX_TOPK:
         shape = list(topk_idx.shape)
         raise ValueError(f"topk_idx must have 1 to {MAX_TOPK} selections a token, but its shape is {shape}")
-    return topk_idx.contiguous()
+    return topk_idx
 
 
 def is_weights(value: Any, name: str, rows: int, num_topk: int, device: torch.device) -> torch.Tensor | None:
@@ -161,7 +163,20 @@ def is_weights(value: Any, name: str, rows: int, num_topk: int, device: torch.de
     if tuple(weights.shape) != (rows, num_topk):
         shape = list(weights.shape)
         raise ValueError(f"{name} must be [{rows}, {num_topk}], one weight a selection, but its shape is {shape}")
-    return weights.contiguous()
+    return weights
+
+
+def is_stats(value: Any, local_experts: int, device: torch.device) -> torch.Tensor | None:
+    if value is None:
+        return None
+    name = "cumulative_local_expert_recv_stats"
+    stats = is_tensor(name, value, "L", torch.int32, device)
+    if stats.shape[0] != local_experts or not stats.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous [{local_experts}], a count for each local expert, but its shape is "
+            f"{list(stats.shape)} and its strides are {stats.stride()}"
+        )
+    return stats
 
 
 def is_row_weights(value: Any, name: str, rows: int, device: torch.device) -> torch.Tensor | None:
@@ -196,6 +211,37 @@ def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
         raise ValueError(
             f"topk_idx[{token}, {first}] and topk_idx[{token}, {second}] are both expert {int(ordered[token, place])}; "
             "a token selects each expert at most once: use -1 for the second"
+        )
+
+
+def is_whole_handle(handle: EPHandle, num_ranks: int) -> None:
+    """All but ``do_expand`` is as its dispatch left it, as far as sizes show; kernels go by them."""
+    tokens, experts = handle.num_recv_tokens, handle.num_experts
+    selections, (local_experts, rest) = tuple(handle.topk_idx.shape), divmod(experts, num_ranks)
+    shapes: dict[str, tuple[int, ...]] = {
+        "dst_buffer_slot_idx": selections,
+        "recv_src_metadata": (tokens, selections[1] + 2),
+        "psum_num_recv_tokens_per_scaleup_rank": (num_ranks,),
+        "psum_num_recv_tokens_per_expert": (local_experts,),
+        "num_unaligned_recv_tokens_per_expert": (local_experts,),
+    }
+    for name, shape in shapes.items():
+        value = getattr(handle, name)
+        if tuple(value.shape) != shape or value.dtype != torch.int32 or not value.is_contiguous():
+            raise ValueError(
+                f"handle.{name} must be int32 {list(shape)} as its dispatch left it, but it is {value.dtype} "
+                f"{list(value.shape)}; of a handle only do_expand may be set"
+            )
+    counts, max_tokens = handle.num_recv_tokens_per_expert_list, handle.num_max_tokens_per_rank
+    if counts:
+        expanded = sum(counts)
+    else:
+        sizes = (max_tokens, num_ranks, selections[1], local_experts, handle.expert_alignment)
+        expanded = expanded_rows_at_most(*sizes)
+    if rest or handle.num_expanded_tokens != expanded or len(counts) not in (0, local_experts):
+        raise ValueError(
+            f"handle.num_expanded_tokens must be {expanded} for {experts} experts and counts of {counts} as its "
+            f"dispatch left it, but it is {handle.num_expanded_tokens}; of a handle only do_expand may be set"
         )
 
 

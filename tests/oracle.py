@@ -78,6 +78,12 @@ def draw(
     return result
 
 
+def redraw(inputs: list[Inputs], seed: int, hidden: int, num_scales: int) -> list[Inputs]:
+    """Other tokens of the same selections."""
+    generator = np.random.default_rng(seed)
+    return [_carrying(generator, own.topk_idx, hidden, num_scales) for own in inputs]
+
+
 def _carrying(generator: np.random.Generator, topk_idx: torch.Tensor, hidden: int, num_scales: int) -> Inputs:
     """Tokens with these selections. With scale factors, rows and factors are any bits: nobody is to look at them."""
     num_tokens, num_topk = topk_idx.shape

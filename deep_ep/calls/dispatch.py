@@ -10,10 +10,11 @@ import torch
 from deep_ep import layout, plan, validate
 from deep_ep.calls.endpoint import Endpoint, Half, Tensors
 from deep_ep.calls.payload import Payload
-from deep_ep.event import EventOverlap, Timing
+from deep_ep.calls.received import Outputs, Routes, Sizes
+from deep_ep.event import CallOrder, EventOverlap, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer, set_launch_fields
-from deep_ep.ops.dispatch import Counts, DispatchArgs, Layout, Padding, Places, Received, Scales, dispatch_kernel
+from deep_ep.ops.dispatch import DispatchArgs, Layout, Padding, Places, PlacesFrom, Scales, dispatch_kernel
 
 TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 DispatchResult = tuple[TokensOrPair, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]
@@ -26,10 +27,13 @@ class Asked:
     x: Any
     topk_idx: Any
     topk_weights: Any
+    stats: Any
     num_experts: Any
     num_max_tokens_per_rank: Any
+    buffers_max_tokens: int
     expert_alignment: Any
     num_sms: Any
+    handle: Any
     do_handle_copy: bool
     do_cpu_sync: bool | None
     do_expand: bool
@@ -39,15 +43,24 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class RoutingRequest:
+    """Where tokens are to go: worked out from their selections, or known from an earlier dispatch."""
+
+    topk_idx: torch.Tensor  # [T, K]
+    num_experts: int
+    alignment: int
+    max_tokens: int
+    handle: EPHandle | None = None
+
+
+@dataclass(frozen=True)
 class DispatchRequest:
     """A dispatch whose arguments are right. T tokens of H elements, K selections each."""
 
     payload: Payload  # [T, H]
-    topk_idx: torch.Tensor  # [T, K]
+    routing: RoutingRequest
     weights: torch.Tensor | None  # [T, K]
-    num_experts: int
-    alignment: int
-    max_tokens: int
+    stats: torch.Tensor | None  # [L] int32, to be added to
     num_sms: int
     record: layout.Record
     exact_sizes: bool  # the host waits for the counts
@@ -57,6 +70,10 @@ class DispatchRequest:
     col_major_scales: bool
     timing: Timing
 
+    @property
+    def places_from(self) -> PlacesFrom:
+        return PlacesFrom.SELECTIONS if self.routing.handle is None else PlacesFrom.HANDLE
+
 
 def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
     """Look at everything that a user may get wrong; nothing has happened yet when this raises.
@@ -64,31 +81,24 @@ def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    device = endpoint.device
-    payload = _check_payload(asked, device)
+    payload = _check_payload(asked, endpoint.device)
     num_tokens = payload.rows.shape[0]
-    topk_idx = validate.is_topk_idx(asked.topk_idx, num_tokens, validate.topk_idx_t, device)
-    num_topk = topk_idx.shape[1]
-    weights = validate.is_weights(asked.topk_weights, "topk_weights", num_tokens, num_topk, device)
-    num_experts = validate.is_expert_count(asked.num_experts, endpoint.num_ranks)
-    alignment = 1 if asked.expert_alignment is None else asked.expert_alignment
-    alignment = validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT)
+    check_routing = _check_new_routing if asked.handle is None else _check_known_routing
+    routing = check_routing(endpoint, asked, num_tokens)
+    num_topk = routing.topk_idx.shape[1]
+    weights = validate.is_weights(asked.topk_weights, "topk_weights", num_tokens, num_topk, endpoint.device)
     record = payload.record(num_topk)
-    max_tokens = endpoint.fitting_tokens(asked.num_max_tokens_per_rank, num_tokens, record)
+    endpoint.fitting_tokens(routing.max_tokens, num_tokens, record)
     num_sms = endpoint.num_sms(asked.num_sms)
     validate.is_timing(asked.timing)
-    exact_sizes = asked.do_cpu_sync is None or asked.do_cpu_sync
+    exact_sizes = asked.handle is None and (asked.do_cpu_sync is None or asked.do_cpu_sync)
     if exact_sizes:
         endpoint.refuse_capture("do_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
-    if endpoint.environment.buffer_debug:
-        validate.are_valid_selections(topk_idx, num_experts)
     return DispatchRequest(
         payload=payload,
-        topk_idx=topk_idx,
+        routing=routing,
         weights=weights,
-        num_experts=num_experts,
-        alignment=alignment,
-        max_tokens=max_tokens,
+        stats=validate.is_stats(asked.stats, routing.num_experts // endpoint.num_ranks, endpoint.device),
         num_sms=num_sms,
         record=record,
         exact_sizes=exact_sizes,
@@ -97,6 +107,36 @@ def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
         zero_padding=asked.do_zero_padding,
         col_major_scales=asked.use_tma_aligned_col_major_sf,
         timing=asked.timing,
+    )
+
+
+def _check_new_routing(endpoint: Endpoint, asked: Asked, num_tokens: int) -> RoutingRequest:
+    topk_idx = validate.is_topk_idx(asked.topk_idx, num_tokens, validate.topk_idx_t, endpoint.device)
+    num_experts = validate.is_expert_count(asked.num_experts, endpoint.num_ranks)
+    alignment = 1 if asked.expert_alignment is None else asked.expert_alignment
+    validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT)
+    if endpoint.environment.buffer_debug:
+        validate.are_valid_selections(topk_idx, num_experts)
+    max_tokens = asked.num_max_tokens_per_rank
+    return RoutingRequest(
+        topk_idx, num_experts, alignment, asked.buffers_max_tokens if max_tokens is None else max_tokens
+    )
+
+
+def _check_known_routing(endpoint: Endpoint, asked: Asked, num_tokens: int) -> RoutingRequest:
+    handle = endpoint.own_handle(asked.handle)
+    validate.is_whole_handle(handle, endpoint.num_ranks)
+    if asked.topk_idx is not None:
+        raise ValueError("topk_idx and handle were both given; a handle holds the selections: leave topk_idx out")
+    for name in ("num_experts", "num_max_tokens_per_rank", "expert_alignment"):
+        given, known = getattr(asked, name), getattr(handle, name)
+        if given is not None and given != known:
+            raise ValueError(f"{name} is {given} but the handle's dispatch had {known}; leave it out, or pass the same")
+    dispatched = handle.topk_idx.shape[0]
+    if num_tokens != dispatched:
+        raise ValueError(f"x has {num_tokens} tokens but the handle's dispatch had {dispatched}; pass as many")
+    return RoutingRequest(
+        handle.topk_idx, handle.num_experts, handle.expert_alignment, handle.num_max_tokens_per_rank, handle
     )
 
 
@@ -112,181 +152,160 @@ def _check_payload(asked: Asked, device: torch.device) -> Payload:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Rows that a dispatch fills at most."""
+class Call:
+    """A dispatch under way: what its launches have in common."""
 
-    tokens: int
-    expanded: int  # of the expanded layout, padding included
-
-    @staticmethod
-    def exact(tokens: int, aligned_counts: list[int]) -> Sizes:
-        return Sizes(tokens, sum(aligned_counts))
-
-    @staticmethod
-    def worst(request: DispatchRequest, num_ranks: int) -> Sizes:
-        """Every rank sends all it may, to as many experts of this rank as a token can select."""
-        num_topk, local_experts = request.topk_idx.shape[1], request.num_experts // num_ranks
-        tokens = num_ranks * request.max_tokens
-        padding = (request.alignment - 1) * local_experts
-        return Sizes(tokens, layout.align(tokens * min(num_topk, local_experts) + padding, request.alignment))
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a dispatch fills: ``rows`` are tokens, or rows of the expanded layout."""
-
-    payload: Payload  # [rows, H]
-    topk_idx: torch.Tensor | None  # [tokens, K]; None in the expanded layout
-    weights: torch.Tensor | None  # float32: [tokens, K], or [rows] in the expanded layout
-    metadata: torch.Tensor  # [tokens, K+2] int32
-    sums: torch.Tensor  # those that follow, in one piece
-    per_rank: torch.Tensor  # [R] int32
-    per_expert_aligned: torch.Tensor  # [L] int32
-    per_expert_end: torch.Tensor  # [L] int32
-    per_expert: torch.Tensor  # [L] int32
+    endpoint: Endpoint
+    request: DispatchRequest
+    plan: plan.LaunchPlan
+    order: CallOrder
+    weights: torch.Tensor | None  # [T, K], contiguous
+    args: DispatchArgs
 
     @staticmethod
-    def allocate(request: DispatchRequest, sizes: Sizes, num_ranks: int) -> Outputs:
-        topk_idx, weights, expand = request.topk_idx, request.weights, request.expand
-        num_topk, local_experts = topk_idx.shape[1], request.num_experts // num_ranks
-        rows = sizes.expanded if expand else sizes.tokens
-        sums = topk_idx.new_empty(num_ranks + 3 * local_experts, dtype=torch.int32)
-        return Outputs(
-            request.payload.new_empty(rows, col_major_scales=request.col_major_scales),
-            None if expand else topk_idx.new_empty((rows, num_topk)),
-            None if weights is None else weights.new_empty(rows if expand else (rows, num_topk)),
-            topk_idx.new_empty((sizes.tokens, num_topk + 2), dtype=torch.int32),
-            sums,
-            *torch.split(sums, [num_ranks, local_experts, local_experts, local_experts]),
+    def begin(endpoint: Endpoint, request: DispatchRequest) -> Call:
+        roles, num_ranks, limit = endpoint.roles.dispatch, endpoint.num_ranks, endpoint.shared_limit
+        num_experts = request.routing.num_experts
+        launch = plan.plan_dispatch(roles, request.record, num_experts, num_ranks, limit)
+        order = endpoint.order(request.timing)
+        with order.running():
+            weights = None if request.weights is None else request.weights.contiguous()
+        args = DispatchArgs(
+            window=endpoint.window_argument,
+            patience=endpoint.patience_argument,
+            record=RecordShape.of(request.record),
+            rows=Rows.of(request.payload.rows),
+            weights=pointer(weights),
+            scales=Scales.of(request.payload.scales),
+            stats=pointer(request.stats),
+            alignment=request.routing.alignment,
+            num_place_warps=plan.num_place_warps(roles, num_experts, num_ranks, limit),
+        )
+        set_launch_fields(args, launch)
+        return Call(endpoint, request, launch, order, weights, args)
+
+    def route(self, topk_idx: torch.Tensor) -> None:
+        """Tell the kernel which experts tokens select."""
+        routing = self.request.routing
+        self.args.routing = Routing.of(topk_idx, routing.num_experts, self.endpoint.num_ranks, routing.max_tokens)
+
+    def allocate(self, sizes: Sizes) -> Outputs:
+        """Outputs, of which the kernel knows then."""
+        request = self.request
+        with self.order.allocation(request.timing.allocate_on_comm_stream):
+            outputs = Outputs.allocate(
+                request.payload,
+                request.routing.topk_idx,
+                request.weights,
+                sizes,
+                expand=request.expand,
+                col_major_scales=request.col_major_scales,
+            )
+        layout = Layout.EXPANDED if request.expand else Layout.PLAIN
+        self.args.received = outputs.argument(sizes, layout, Padding.ZERO if request.zero_padding else Padding.LEAVE)
+        return outputs
+
+    def launch(self, half: Half, reads: Tensors, writes: Tensors) -> None:
+        """``reads``: beside what every launch reads."""
+        roles, payload = self.endpoint.roles.dispatch, self.request.payload
+        self.endpoint.launch(
+            dispatch_kernel(roles, self.request.places_from),
+            self.args,
+            roles=roles,
+            half=half,
+            num_sms=self.request.num_sms,
+            shared_bytes=self.plan.shared_bytes,
+            order=self.order,
+            reads=(payload.rows, payload.scales, self.weights, *reads),
+            writes=(self.request.stats, *writes),
         )
 
-    @property
-    def tensors(self) -> Tensors:
-        """All memory that the kernel writes."""
-        return self.payload.rows, self.payload.scales, self.topk_idx, self.weights, self.metadata, self.sums
-
-    def fill_in(self, args: DispatchArgs, request: DispatchRequest, sizes: Sizes) -> None:
-        """Tell the kernel where they are."""
-        args.received = Received(
-            x=self.payload.rows.data_ptr(),
-            stride=self.payload.row_bytes,
-            topk_idx=pointer(self.topk_idx),
-            weights=pointer(self.weights),
-            metadata=self.metadata.data_ptr(),
-            scales=Scales.of(self.payload.scales),
-            rows=sizes.tokens,
-            expanded_rows=sizes.expanded,
-            layout=Layout.EXPANDED if request.expand else Layout.PLAIN,
-            padding=Padding.ZERO if request.zero_padding else Padding.LEAVE,
-        )
-        counts = (self.per_rank, self.per_expert_aligned, self.per_expert_end, self.per_expert)
-        args.counts = Counts(*(count.data_ptr() for count in counts))
+    def end(self, inputs: Tensors, outputs: Tensors) -> EventOverlap:
+        """``inputs``, ``outputs``: beside those of every dispatch."""
+        request, payload = self.request, self.request.payload
+        given = (payload.rows, payload.scales, request.weights, request.stats)
+        return self.order.end((*given, *inputs), (self.weights, *outputs))
 
 
 def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult:
-    """Plan, launch and wrap. For exact sizes, the host waits between the half that sends and the half that receives."""
-    roles, num_ranks = endpoint.roles.dispatch, endpoint.num_ranks
-    launch = plan.plan_dispatch(roles, request.record, request.num_experts, num_ranks, endpoint.shared_limit)
-    order = endpoint.order(request.timing)
-    on_comm_stream = request.timing.allocate_on_comm_stream
+    """Plan, launch and wrap."""
+    call = Call.begin(endpoint, request)
+    handle = request.routing.handle
+    return _find_routes(call) if handle is None else _follow_routes(call, handle)
+
+
+def _find_routes(call: Call) -> DispatchResult:
+    """For exact sizes, the host waits between the half that sends and the half that receives."""
+    endpoint, request, order, args = call.endpoint, call.request, call.order, call.args
+    routing, num_ranks = request.routing, endpoint.num_ranks
+    num_topk, local_experts = routing.topk_idx.shape[1], routing.num_experts // num_ranks
     with order.running():
-        topk_idx = request.topk_idx.contiguous()
-        copies_idx = request.copy_topk_idx and topk_idx is request.topk_idx
+        topk_idx = routing.topk_idx.contiguous()
+        copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
         kept_idx = torch.empty_like(topk_idx) if copies_idx else topk_idx
-        weights = None if request.weights is None else request.weights.contiguous()
         # Slots and positions: as this rank sent them, then as it keeps them.
         places = topk_idx.new_empty((4, *topk_idx.shape), dtype=torch.int32)
-    args = _arguments(endpoint, request, topk_idx, weights, places, launch)
-    args.kept_idx = kept_idx.data_ptr() if copies_idx else None
-    made_by_kernel = (places, kept_idx) if copies_idx else (places,)
-    reads: Tensors = (request.payload.rows, request.payload.scales, topk_idx, weights)
+    call.route(topk_idx)
+    slots, positions, kept_slots, kept_positions = map(pointer, places.unbind())
+    args.sent, args.kept = Places(slots, positions), Places(kept_slots, kept_positions)
+    args.kept_idx = pointer(kept_idx) if copies_idx else None
+    found = [places, kept_idx] if copies_idx else [places]
 
-    def run(half: Half, *writes: torch.Tensor | None) -> None:
-        endpoint.launch(
-            dispatch_kernel(roles),
-            args,
-            roles=roles,
-            half=half,
-            num_sms=request.num_sms,
-            shared_bytes=launch.shared_bytes,
-            order=order,
-            reads=reads,
-            writes=writes,
-        )
-
-    sizes, aligned_counts = Sizes.worst(request, num_ranks), list[int]()
+    sizes = Sizes.worst(routing.max_tokens, num_ranks, num_topk, local_experts, routing.alignment)
+    aligned_counts: list[int] = []
     with endpoint.breaking_on_error("dispatch"):
         if request.exact_sizes:
             args.host_words = endpoint.expect_counts()
-            run(Half.SEND, *made_by_kernel)
-            tokens, counts = endpoint.wait_for_counts(request.num_experts // num_ranks)
-            aligned_counts = [layout.align(count, request.alignment) for count in counts]
-            sizes = Sizes.exact(tokens, aligned_counts)
-        with order.allocation(on_comm_stream):
-            outputs = Outputs.allocate(request, sizes, num_ranks)
-        outputs.fill_in(args, request, sizes)
+            call.launch(Half.SEND, [topk_idx], found)
+            tokens, counts = endpoint.wait_for_counts(local_experts)
+            aligned_counts = [layout.align(count, routing.alignment) for count in counts]
+            sizes = Sizes(tokens, sum(aligned_counts))
+        outputs = call.allocate(sizes)
+        with order.allocation(request.timing.allocate_on_comm_stream):
+            routes = Routes.allocate(topk_idx, sizes.tokens, num_topk, num_ranks, local_experts)
+        args.received.metadata = pointer(routes.metadata)
+        args.counts = routes.argument()
         order.wait_for(request.timing.previous_event_before_epilogue)
-        run(Half.RECEIVE if request.exact_sizes else Half.BOTH, *made_by_kernel, *outputs.tensors)
-    event = order.end((*reads, request.topk_idx), (topk_idx, kept_idx, weights, places, *outputs.tensors))
+        half = Half.RECEIVE if request.exact_sizes else Half.BOTH
+        call.launch(half, [topk_idx], [*found, *outputs.tensors, *routes.tensors])
+    event = call.end([routing.topk_idx], [topk_idx, kept_idx, places, *outputs.tensors, *routes.tensors])
 
-    handle = _handle(endpoint, request, outputs, sizes, aligned_counts, kept_idx, slots=places[0])
-    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
-
-
-def _arguments(
-    endpoint: Endpoint,
-    request: DispatchRequest,
-    topk_idx: torch.Tensor,
-    weights: torch.Tensor | None,
-    places: torch.Tensor,
-    launch: plan.LaunchPlan,
-) -> DispatchArgs:
-    """The kernel's arguments, but for the outputs."""
-    slots, positions, kept_slots, kept_positions = (place.data_ptr() for place in places.unbind())
-    args = DispatchArgs(
-        window=endpoint.window_argument,
-        patience=endpoint.patience_argument,
-        routing=Routing.of(topk_idx, request.num_experts, endpoint.num_ranks, request.max_tokens),
-        record=RecordShape.of(request.record),
-        rows=Rows.of(request.payload.rows),
-        weights=pointer(weights),
-        scales=Scales.of(request.payload.scales),
-        sent=Places(slots, positions),
-        kept=Places(kept_slots, kept_positions),
-        alignment=request.alignment,
-        num_place_warps=plan.num_place_warps(
-            endpoint.roles.dispatch, request.num_experts, endpoint.num_ranks, endpoint.shared_limit
-        ),
-    )
-    set_launch_fields(args, launch)
-    return args
-
-
-def _handle(
-    endpoint: Endpoint,
-    request: DispatchRequest,
-    outputs: Outputs,
-    sizes: Sizes,
-    aligned_counts: list[int],
-    topk_idx: torch.Tensor,
-    slots: torch.Tensor,
-) -> EPHandle:
-    """``aligned_counts``: empty if the host has not waited for them."""
-    return EPHandle(
+    handle = EPHandle(
         do_expand=request.expand,
-        num_experts=request.num_experts,
-        expert_alignment=request.alignment,
-        num_max_tokens_per_rank=request.max_tokens,
+        num_experts=routing.num_experts,
+        expert_alignment=routing.alignment,
+        num_max_tokens_per_rank=routing.max_tokens,
         num_sms=request.num_sms,
-        topk_idx=topk_idx,
+        topk_idx=kept_idx,
         num_recv_tokens=sizes.tokens,
         num_expanded_tokens=sizes.expanded,
         num_recv_tokens_per_expert_list=aligned_counts,
-        psum_num_recv_tokens_per_scaleup_rank=outputs.per_rank,
-        psum_num_recv_tokens_per_expert=outputs.per_expert_end if request.expand else outputs.per_expert_aligned,
-        num_unaligned_recv_tokens_per_expert=outputs.per_expert,
-        recv_src_metadata=outputs.metadata,
-        dst_buffer_slot_idx=slots,
+        psum_num_recv_tokens_per_scaleup_rank=routes.per_rank,
+        psum_num_recv_tokens_per_expert=routes.per_expert_end if request.expand else routes.per_expert_aligned,
+        num_unaligned_recv_tokens_per_expert=routes.per_expert,
+        recv_src_metadata=routes.metadata,
+        dst_buffer_slot_idx=places[0],
+        per_expert_aligned=routes.per_expert_aligned,
+        per_expert_end=routes.per_expert_end,
         group_ranks=endpoint.group_ranks,
         rank=endpoint.rank,
     )
+    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+
+
+def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
+    """All is known: no counts travel and the host waits for nothing."""
+    endpoint, args, routes = call.endpoint, call.args, Routes.of(handle)
+    slots = handle.dst_buffer_slot_idx
+    call.route(handle.topk_idx)
+    args.sent = args.kept = Places(slots=pointer(slots))
+    reads = [handle.topk_idx, slots, *routes.tensors]
+    with endpoint.breaking_on_error("dispatch"):
+        outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
+        args.received.known_metadata = pointer(routes.metadata)
+        args.counts = routes.argument()
+        call.order.wait_for(call.request.timing.previous_event_before_epilogue)
+        call.launch(Half.BOTH, reads, outputs.tensors)
+    event = call.end(reads, outputs.tensors)
+    handle.turn_to(call.request.expand)
+    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

@@ -200,7 +200,7 @@ class Endpoint:
         if handle.group_ranks != self.group_ranks or handle.rank != self.rank:
             raise ValueError(
                 f"handle belongs to rank {handle.rank} of a group of ranks {list(handle.group_ranks)}, this buffer to "
-                f"rank {self.rank} of {list(self.group_ranks)}; combine with a buffer of the group that dispatched"
+                f"rank {self.rank} of {list(self.group_ranks)}; use it with a buffer of the group that dispatched"
             )
         if handle.topk_idx.device != self.device:
             raise ValueError(f"handle lies on {handle.topk_idx.device}, this buffer's kernels run on {self.device}")

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import enum
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
 from deep_ep.jit import Kernel
 from deep_ep.ops.arguments import LAUNCH_FIELDS, Patience, RecordShape, Routing, Rows, Window
 from deep_ep.plan import Roles
+
+
+class PlacesFrom(enum.Enum):
+    """Who knows where tokens go."""
+
+    SELECTIONS = "kSelections"  # the kernel, from topk_idx
+    HANDLE = "kHandle"  # the handle of an earlier dispatch
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,7 @@ class DispatchConfig:
     num_receive_warps: int
     num_receive_stages: int
     num_receive_storing: int
+    places_from: PlacesFrom
 
 
 class Scales(ctypes.Structure):
@@ -55,6 +63,7 @@ class Received(ctypes.Structure):
         ("topk_idx", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("metadata", ctypes.c_void_p),
+        ("known_metadata", ctypes.c_void_p),
         ("scales", Scales),
         ("rows", ctypes.c_int32),
         ("expanded_rows", ctypes.c_int32),
@@ -90,6 +99,7 @@ class DispatchArgs(ctypes.Structure):
         ("received", Received),
         ("counts", Counts),
         ("kept_idx", ctypes.c_void_p),
+        ("stats", ctypes.c_void_p),
         ("host_words", ctypes.c_void_p),
         ("alignment", ctypes.c_int32),
         ("num_place_warps", ctypes.c_int32),
@@ -97,7 +107,16 @@ class DispatchArgs(ctypes.Structure):
     ]
 
 
-def dispatch_kernel(roles: Roles) -> Kernel:
+def dispatch_kernel(roles: Roles, places_from: PlacesFrom) -> Kernel:
     """One kernel for all sizes; a launch's ``num_send_blocks`` says what it does."""
-    config = DispatchConfig(*astuple(roles.send), *astuple(roles.receive))
+    send, receive = roles.send, roles.receive
+    config = DispatchConfig(
+        num_send_warps=send.num_warps,
+        num_send_stages=send.num_stages,
+        num_send_storing=send.num_storing,
+        num_receive_warps=receive.num_warps,
+        num_receive_stages=receive.num_stages,
+        num_receive_storing=receive.num_storing,
+        places_from=places_from,
+    )
     return Kernel("dispatch", config, DispatchArgs, roles.num_threads)

@@ -12,7 +12,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,10 @@ class Table:
     def mistake(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
         """A dispatch."""
         return Mistake(functools.partial(self.dispatch, **changes), f"dispatch({brief(changes)})", kind, text)
+
+    def again(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
+        """A dispatch with a handle."""
+        return self.mistake(kind, text, **{"handle": self.handle, "topk_idx": None, **changes})
 
     def combining(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
         return Mistake(functools.partial(self.combine, **changes), f"combine({brief(changes)})", kind, text)
@@ -178,21 +182,53 @@ def wrong_sizes(t: Table) -> Iterator[Mistake]:
     yield t.mistake(TypeError, "expert_alignment must be an int, but it is a float", expert_alignment=8.0)
     yield t.mistake(ValueError, "num_sms must be at least 0, but it is -1", num_sms=-1)
     yield t.mistake(TypeError, "num_sms must be an int, but it is a str", num_sms="4")
+    stats, name = (
+        torch.zeros(EXPERTS // NUM_RANKS, dtype=torch.int32, device=t.device),
+        "cumulative_local_expert_recv_stats",
+    )
+    yield t.mistake(TypeError, f"{name} must be torch.int32, but it is torch.int64", **{name: stats.long()})
+    yield t.mistake(ValueError, f"{name} must be contiguous [4], a count for each", **{name: stats[:3]})
+    yield t.mistake(ValueError, f"{name} must be contiguous [4], a count for each", **{name: stats[:1].expand(4)})
+    yield t.mistake(ValueError, f"{name} must be on {t.device}", **{name: stats.to("meta")})
+    yield t.again(ValueError, f"{name} must be contiguous [4], a count for each", **{name: stats[:3]})
     for name in ("previous_event", "previous_event_before_epilogue"):
         text = f"{name} must be an EventOverlap, an EventHandle or None, but it is a str"
         yield t.mistake(TypeError, text, **{name: "now"})
         yield t.combining(TypeError, text, **{name: "now"})
 
 
-def not_there_yet(t: Table) -> Iterator[Mistake]:
-    """What this version refuses rather than ignores."""
-    stats = torch.zeros(EXPERTS // NUM_RANKS, dtype=torch.int32, device=t.device)
-    for changes in (
-        {"cumulative_local_expert_recv_stats": stats},
-        {"handle": t.handle},
+def wrong_handles(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -> Iterator[Mistake]:
+    """A dispatch that uses the routing of an earlier one."""
+    handle = t.handle
+    yield t.again(ValueError, "topk_idx and handle were both given", topk_idx=t.topk_idx)
+    yield t.again(TypeError, "handle must be the EPHandle that dispatch returned, but it is a Tensor", handle=t.x)
+    yield t.again(ValueError, "x has 5 tokens but the handle's dispatch had 6", x=t.x[:5])
+    yield t.again(ValueError, "topk_weights must be [6, 3]", topk_weights=t.weights[:, :2])
+    yield t.again(ValueError, "num_experts is 4 but the handle's dispatch had 8", num_experts=4)
+    yield t.again(ValueError, "num_max_tokens_per_rank is 31 but the handle's", num_max_tokens_per_rank=MOST - 1)
+    yield t.again(ValueError, "expert_alignment is 2 but the handle's dispatch had 1", expert_alignment=2)
+    alone = of_one_rank.dispatch(t.x, topk_idx=t.topk_idx, num_experts=EXPERTS)[3]
+    yield t.again(ValueError, "handle belongs to rank 0 of a group of ranks [", handle=alone)
+    other = larger.dispatch(num_experts=EXPERTS, num_max_tokens_per_rank=100_000, **many(t, TOKENS))[3]
+    text = "num_max_tokens_per_rank 100000 with 128 bytes a token"
+    yield t.again(ValueError, text, handle=other)
+    only_do_expand = "of a handle only do_expand may be set"
+    for edited in (
+        {"num_recv_tokens": handle.num_recv_tokens + 1},
+        {"num_expanded_tokens": handle.num_expanded_tokens + 1},
+        {"num_experts": 2 * EXPERTS},
+        {"num_experts": EXPERTS + 1},
+        {"num_recv_tokens_per_expert_list": [*handle.num_recv_tokens_per_expert_list, 0]},
+        {"num_recv_tokens_per_expert_list": []},
+        {"topk_idx": handle.topk_idx[:, :2]},
+        {"dst_buffer_slot_idx": handle.dst_buffer_slot_idx[:-1]},
+        {"dst_buffer_slot_idx": handle.dst_buffer_slot_idx.long()},
+        {"recv_src_metadata": handle.recv_src_metadata.t()},
     ):
-        (name,) = changes
-        yield t.mistake(NotImplementedError, f"{name} is not there yet", **changes)
+        yield t.again(ValueError, only_do_expand, handle=replace(handle, **edited), num_experts=None)
+    worst = t.dispatch(do_cpu_sync=False)[3]
+    edited_worst = replace(worst, num_expanded_tokens=worst.num_expanded_tokens - 1)
+    yield t.again(ValueError, f"handle.num_expanded_tokens must be {worst.num_expanded_tokens}", handle=edited_worst)
 
 
 def wrong_combines(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -> Iterator[Mistake]:
@@ -324,7 +360,7 @@ def main() -> int:
         *wrong_fp8(table),
         *wrong_routing(table),
         *wrong_sizes(table),
-        *not_there_yet(table),
+        *wrong_handles(table, of_one_rank, larger),
         *wrong_combines(table, of_one_rank, larger),
         *wrong_expanded_combines(table),
         *wrong_buffers(table),

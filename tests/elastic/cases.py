@@ -33,6 +33,7 @@ class Case:
     spare_tokens: int
     options: Options | None = None  # of the dispatch; None: a plain one of bfloat16 rows
     combining: combines.Options = combines.PLAIN
+    again: tuple[Options, ...] = ()  # of dispatches with the first one's handle, before the combine
 
     @property
     def first(self) -> Options:
@@ -59,8 +60,12 @@ class Case:
             num_sms=r.choice([0, 1, 2, 3, 5, 24]),
             spare_tokens=r.choice([0, 0, 5]),
         )
-        options = Options.draw(r, case.hidden, case.with_weights, longest)
-        return replace(case, options=options, combining=combines.Options.draw(r))
+        first = Options.draw(r, case.hidden, case.with_weights, longest)
+        again = [
+            Options.draw(r, 8 * r.randint(1, 64), with_weights=r.random() < 0.5, longest=longest)
+            for _ in range(r.choice([0, 0, 1, 1, 2]))
+        ]
+        return replace(case, options=first, combining=combines.Options.draw(r), again=tuple(again))
 
 
 class Trip:
@@ -100,10 +105,15 @@ class Trip:
             expert_alignment=case.alignment,
             num_sms=case.num_sms,
             do_cpu_sync=case.do_cpu_sync,
+            do_handle_copy=case.seed % 3 != 0,
         )
         handle = self.dispatch.handle
         assert (handle.num_recv_tokens, handle.num_expanded_tokens) == (allocated, expanded)
         assert handle.do_expand == options.do_expand
+        self.again = [
+            self._dispatch_again(each, idx, buffer, device, expanded if each.do_expand else allocated)
+            for idx, each in enumerate(case.again)
+        ]
         self.combine = Combine(
             case.combining,
             case.seed,
@@ -117,13 +127,35 @@ class Trip:
             num_biases=case.num_biases,
         )
 
+    def _dispatch_again(
+        self, options: Options, idx: int, buffer: deep_ep.ElasticBuffer, device: torch.device, allocated: int
+    ) -> Dispatch:
+        """Other tokens by the same routes; what the handle knows is said again or left out."""
+        case, handle = self.case, self.dispatch.handle
+        inputs = oracle.redraw(self.inputs, case.seed + idx, options.hidden, options.num_scales)
+        max_tokens, worst_case = handle.num_max_tokens_per_rank, not case.do_cpu_sync
+        mine = oracle.dispatch(inputs, self.rank, case.num_experts, max_tokens, case.alignment, worst_case=worst_case)
+        said = {
+            "num_experts": case.num_experts,
+            "num_max_tokens_per_rank": max_tokens,
+            "expert_alignment": case.alignment,
+            "num_sms": case.num_sms,
+            "do_cpu_sync": case.do_cpu_sync,
+        }
+        said = said if (case.seed + idx) % 2 else {}
+        dispatch = Dispatch(options, inputs, mine, buffer, device, allocated, handle=handle, **said)
+        assert dispatch.handle is handle
+        assert handle.do_expand == options.do_expand
+        return dispatch
+
     def check(self) -> None:
         """Everything that the calls returned, bit for bit; the kernels have run. Raises AssertionError, naming what
         differs."""
         case = self.case
-        self.dispatch.check()
-        mine = self.expected[self.rank]
-        check_handle(self.dispatch.handle, mine, case.first.do_expand, exact_sizes=case.do_cpu_sync)
+        for dispatch in (self.dispatch, *self.again):
+            dispatch.check()
+        mine, last = self.expected[self.rank], (case.first, *case.again)[-1]
+        check_handle(self.dispatch.handle, mine, last.do_expand, exact_sizes=case.do_cpu_sync)
         self.combine.check()
 
 

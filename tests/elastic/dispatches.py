@@ -32,11 +32,18 @@ class Options:
     col_major_scales: bool = False
     do_expand: bool = False
     do_zero_padding: bool = False
+    with_stats: bool = False
 
     @staticmethod
     def draw(r: random.Random, hidden: int, with_weights: bool, longest: int) -> Options:
         """``hidden``: of bfloat16 rows; others draw theirs, up to ``longest``."""
-        options = Options(hidden, with_weights, do_expand=r.random() < 0.5, do_zero_padding=r.random() < 0.5)
+        options = Options(
+            hidden,
+            with_weights,
+            do_expand=r.random() < 0.5,
+            do_zero_padding=r.random() < 0.5,
+            with_stats=r.random() < 0.4,
+        )
         if r.random() < 0.5:
             return options
         return replace(
@@ -90,10 +97,14 @@ class Dispatch:
     ) -> None:
         self.options, self.inputs, self.expected, self.allocated = options, inputs, expected, allocated
         own = inputs[buffer.rank_idx]
+        before = torch.arange(7, 7 + len(expected.per_expert), dtype=torch.int32)
+        self.stats = before.to(device, copy=True) if options.with_stats else None
+        self.expected_stats = before + torch.tensor(expected.per_expert, dtype=torch.int32)
         self.recv_x, self.recv_idx, self.recv_weights, self.handle, event = buffer.dispatch(
             options.payload(own, device),
             topk_weights=own.weights.to(device) if options.with_weights else None,
             use_tma_aligned_col_major_sf=options.col_major_scales,
+            cumulative_local_expert_recv_stats=self.stats,
             do_expand=options.do_expand,
             do_zero_padding=options.do_zero_padding,
             **arguments,
@@ -102,6 +113,8 @@ class Dispatch:
 
     def check(self) -> None:
         """Raises AssertionError, naming what differs."""
+        if self.stats is not None:
+            same("cumulative_local_expert_recv_stats", self.stats, self.expected_stats)
         if self.options.do_expand:
             self._check_expanded()
             return

@@ -220,6 +220,36 @@ def quantised_rows(group: dist.ProcessGroup, device: torch.device) -> None:
     buffer.destroy()
 
 
+def routes_that_are_known(group: dist.ProcessGroup, device: torch.device) -> None:
+    """A handle goes with other tokens, with any layout, with another buffer and with its defaults; weights are new."""
+    first, second = build(group), build(group)
+    recv_x, recv_idx, recv_weights, handle, _ = dispatch(first, device)
+    expanded_x, _, expanded_weights, other, _ = dispatch(first, device, do_expand=True, expert_alignment=1)
+    ends_of_plain, ends = handle.psum_num_recv_tokens_per_expert, other.psum_num_recv_tokens_per_expert
+    weights = torch.rand(TOKENS, 2, generator=torch.Generator().manual_seed(group.rank())).to(device)
+    for buffer in (first, second, first):
+        x, idx, no_weights, same_handle, event = buffer.dispatch(tokens(buffer, device), handle=handle)
+        same(x, recv_x)
+        same(idx, recv_idx)
+        assert (no_weights, event.event) == (None, None)
+        assert same_handle is handle
+        x, idx, row_weights, _, _ = buffer.dispatch(
+            tokens(buffer, device), handle=handle, topk_weights=weights, do_expand=True, do_cpu_sync=True
+        )
+        same(x, expanded_x)
+        same(row_weights, expanded_weights)
+        assert idx is None
+        assert handle.do_expand
+        same(handle.psum_num_recv_tokens_per_expert, ends)
+        handle.do_expand = False
+        assert buffer.combine(recv_x, handle, topk_weights=recv_weights)[0].shape == (TOKENS, HIDDEN)
+        _, _, plain_weights, _, _ = buffer.dispatch(tokens(buffer, device), handle=handle, topk_weights=weights)
+        same(plain_weights, recv_weights)
+        same(handle.psum_num_recv_tokens_per_expert, ends_of_plain)
+    first.destroy()
+    second.destroy()
+
+
 def tokens(buffer: ElasticBuffer, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(buffer.rank_idx)
     return torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16().to(device)
@@ -263,6 +293,7 @@ WAYS: tuple[Callable[[dist.ProcessGroup, torch.device], None], ...] = (
     a_handle_again_and_again,
     more_rows_than_the_worst_case,
     quantised_rows,
+    routes_that_are_known,
 )
 
 

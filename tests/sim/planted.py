@@ -116,6 +116,8 @@ BUGS = (
     Bug("ring-without-sync", "phases/ring.cuh", SYNC_WARP, "", RACE, times=3),
     Bug("place-without-sync", "phases/place.cuh", SYNC_WARP, "", RACE, times=4),
     Bug("dispatch-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n", "", RACE, times=7),
+    Bug("recall-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n\n  if (receiver",
+        "  if (receiver", RACE),
     Bug("collect-without-sync", "phases/collect.cuh", "  device::sync_block();\n\n", "", RACE),
     Bug("settled-relaxed", "phases/place.cuh", "store_release_gpu", "store_relaxed_gpu", RACE,
         num_sms=TWO_SENDERS),
@@ -130,7 +132,7 @@ BUGS = (
     Bug("one-row-of-padding-too-many", "phases/blank.cuh", "start + align_up(count, alignment)",
         "start + align_up(count, alignment) + 1", ""),
     Bug("count-oneself-twice", "phases/place.cuh", "before + device::popcount(same & device::lanes_below())",
-        "before + device::popcount(same & device::lanes_below()) + 1", "differs"),
+        "before + device::popcount(same & device::lanes_below()) + 1", ""),
     # From one operation to the next.
     Bug("enter-unadmitted", "phases/admit.cuh", "seen == epoch ? epoch - 1 : seen;", "epoch - 1 + 0 * seen;", RACE),
     Bug("combine-unadmitted", "kernels/combine.cuh", "if (!admit_warp(a.window, epoch, a.patience)) return;", "", RACE),
@@ -191,8 +193,11 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
             num_biases=idx % 2,
             num_sms=num_sms - (seed + 1) % 2,
             spare_tokens=0,
-            options=Options(hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True),
+            options=Options(
+                hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True, with_stats=True
+            ),
             combining=combining,
+            again=(Options(hidden, with_weights=True, do_expand=r.random() < 0.5),) * idx,
         )
         for idx in range(2)
     )

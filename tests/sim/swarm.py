@@ -134,6 +134,7 @@ def shared_oracle() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "draw", once(oracle.draw))
+        patch.setattr(oracle, "redraw", once(oracle.redraw))
         patch.setattr(oracle, "dispatch", once(oracle.dispatch))
         yield
 

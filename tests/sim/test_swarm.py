@@ -45,13 +45,17 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {case.do_cpu_sync for case in cases} == {case.with_weights for case in cases} == {False, True}
     flags = itertools.product([False, True], repeat=2)
     assert {case.combining for case in cases} == {combines.Options(*each) for each in flags}
-    options = [case.first for case in cases]
+    options = [each for case in cases for each in (case.first, *case.again)]
+    assert {0, 1, 2} == {len(case.again) for case in cases}
+    layouts = {(case.do_cpu_sync, case.first.do_expand, each.do_expand) for case in cases for each in case.again}
+    assert layouts == set(itertools.product((False, True), repeat=3))
     assert {0, 1, 8} <= {each.num_scales for each in options}
     assert any(each.num_scales > 64 for each in options), "more than a token's lanes hold ahead"
     assert {"rows", "columns", "gaps"} == {each.scale_strides for each in options}
     assert {(each.do_expand, each.do_zero_padding) for each in options} == set(
         itertools.product((False, True), repeat=2)
     )
+    assert {each.with_stats for each in options} == {each.with_weights for each in options} == {False, True}
     assert {each.packed for each in options} == {each.col_major_scales for each in options} == {False, True}
     assert any(max(case.tokens) == 0 for case in cases)
     assert any(0 in case.tokens and max(case.tokens) > 1 for case in cases)

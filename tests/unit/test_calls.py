@@ -203,6 +203,23 @@ def test_sizes_of_the_expanded_layout(machine: FakeMachine, buffer: ElasticBuffe
     assert (recv_idx.shape, weights.shape, x8.shape, sf.stride()) == ((8, 2), (8, 2), (8, HIDDEN), (1, 1))
 
 
+def test_known_routes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
+    """One launch, no wait for counts, the sizes of the handle; the layout is this call's."""
+    machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
+    handle = dispatch(buffer, num_sms=3, expert_alignment=4)
+    machine.launches.clear()
+    machine.on_launch = lambda: None
+    x = torch.zeros(3, 2 * HIDDEN, dtype=torch.bfloat16)[:, :HIDDEN]
+    plain, idx, weights, same, _ = buffer.dispatch(x, handle=handle)
+    assert (plain.shape, idx.shape, weights, same is handle) == ((3, HIDDEN), (3, 1), None, True)
+    assert machine.launches == [("dispatch", 4, 2)], "num_sms=0 is the analytic choice"
+    expanded, idx, weights, _, _ = buffer.dispatch(x, handle=handle, topk_weights=torch.ones(3, 1), do_expand=True)
+    assert (expanded.shape, idx, weights.shape) == ((16, HIDDEN), None, (16,))
+    assert handle.do_expand
+    assert handle.psum_num_recv_tokens_per_expert is handle.per_expert_end
+    assert handle.num_sms == 3
+
+
 def test_handle_keeps_a_copy_unless_told_otherwise(buffer: ElasticBuffer) -> None:
     x, idx = torch.zeros(1, HIDDEN, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=deep_ep.topk_idx_t)
     copied = buffer.dispatch(x, topk_idx=idx, num_experts=4, do_cpu_sync=False)[3]
@@ -277,7 +294,7 @@ def test_nothing_goes_on_after_half_a_call(
 ) -> None:
     """The sending half has run, and there is no memory for what comes."""
 
-    def allocate(*_: Any) -> None:
+    def allocate(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
     machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)

@@ -117,8 +117,7 @@ def test_topk_idx() -> None:
         return validate.is_topk_idx(value, 4, torch.int64, CPU)
 
     strided = torch.arange(32).reshape(4, 8)[:, ::2]
-    assert check(strided).is_contiguous()
-    assert torch.equal(check(strided), strided)
+    assert check(strided) is strided, "a copy comes later, in the call's own stream"
     for kind, value, text in (
         (ValueError, None, "topk_idx must be given unless a handle is"),
         (TypeError, matrix(4, 2, torch.int32), "topk_idx must be torch.int64, but it is torch.int32"),
@@ -140,10 +139,7 @@ def test_weights() -> None:
 
     assert check(None) is None
     strided = torch.rand(4, 4)[:, ::2]
-    result = check(strided)
-    assert result is not None
-    assert result.is_contiguous()
-    assert torch.equal(result, strided)
+    assert check(strided) is strided, "a copy comes later, in the call's own stream"
     for kind, value, text in (
         (TypeError, matrix(4, 2), "topk_weights must be torch.float32, but it is torch.bfloat16"),
         (ValueError, torch.rand(4, 3), "topk_weights must be [4, 2], one weight a selection, but its shape is [4, 3]"),

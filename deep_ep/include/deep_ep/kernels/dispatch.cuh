@@ -6,7 +6,7 @@
 // from x. The two never share a block: stores to a peer that wait for the link would hold up the copies behind them.
 //
 // A launch may also do one half only. With a CPU sync the host allocates exact tensors between the halves, while the
-// pushes run.
+// pushes run. With the handle of an earlier dispatch all places are known and no counts are exchanged.
 
 #include <deep_ep/phases/admit.cuh>
 #include <deep_ep/phases/blank.cuh>
@@ -15,12 +15,15 @@
 #include <deep_ep/phases/look_back.cuh>
 #include <deep_ep/phases/place.cuh>
 #include <deep_ep/phases/publish.cuh>
+#include <deep_ep/phases/recall.cuh>
 #include <deep_ep/phases/report.cuh>
 #include <deep_ep/phases/retire.cuh>
 #include <deep_ep/phases/scatter.cuh>
 #include <deep_ep/wire/blocks.cuh>
 
 namespace deep_ep {
+
+enum class PlacesFrom { kSelections, kHandle };
 
 struct DispatchConfig {
   int num_send_warps;   // of a sending block
@@ -29,6 +32,7 @@ struct DispatchConfig {
   int num_receive_warps;  // of a receiving block
   int num_receive_stages;
   int num_receive_storing;
+  PlacesFrom places_from;
 };
 
 // Places of this rank's tokens, [num_tokens, num_topk] each (place.cuh).
@@ -45,11 +49,12 @@ struct DispatchArgs {
   Rows rows;
   const float* weights;  // [num_tokens, num_topk] or null
   Scales scales;         // [num_tokens, count]
-  Places sent;           // what senders work out; in a launch without senders, what an earlier one did
-  Places kept;           // what receivers work out for themselves, so that no half waits for the other
+  Places sent;  // what senders work out; in a launch without senders, or with a handle, what an earlier one did
+  Places kept;  // what receivers work out for themselves, so that no half waits for the other
   Received received;
   Counts counts;
   void* kept_idx;       // [num_tokens, num_topk], null or where a copy of topk_idx goes
+  int32_t* stats;       // [experts_per_rank] or null: grows by what each local expert receives
   int32_t* host_words;  // null, or where a launch of senders only reports the counts
   int32_t alignment;
   int32_t num_place_warps;  // as many as have room for their counts (plan.py)
@@ -96,6 +101,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   const Range range = part_of({0, a.routing.num_tokens}, team.own(), team.count);
   const Places& places = receiver && a.num_send_blocks > 0 ? a.kept : a.sent;
   const TokenTables token_tables{places.slots, places.positions, a.weights, a.scales};
+  constexpr bool kRecalls = C.places_from == PlacesFrom::kHandle;
   const int experts_per_rank = a.routing.experts_per_rank, warp = device::warp_idx();
   char* rings = device::shared_memory<char>(a.tables_bytes);
   const auto good = [&] { return device::load_relaxed_gpu(tables.ok) != 0; };
@@ -103,20 +109,25 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   if (device::thread_idx() == 0) device::store_relaxed_gpu(tables.ok, 1);
   device::sync_block();
   if (sender) admit(a.window, epoch, a.patience, tables.ok);
-  if (a.num_send_blocks > 0) place(a, epoch, team, range, places, tables);
-
-  const bool reports = sender && a.host_words != nullptr && team.own() == 0;
-  if ((receiver || reports) && good()) {
-    collect(a.window, epoch, experts_per_rank, a.alignment, a.patience, tables);
-    if (reports && good()) report_to_host(a.window, experts_per_rank, tables, a.host_words);
-    if (receiver && good() && team.own() == 0) report_counts(a.window, experts_per_rank, a.alignment, tables, a.counts);
+  if constexpr (kRecalls) {
+    if (receiver) recall(a.window, experts_per_rank, a.counts, tables);
+  } else {
+    if (a.num_send_blocks > 0) place(a, epoch, team, range, places, tables);
+    const bool reports = sender && a.host_words != nullptr && team.own() == 0;
+    if ((receiver || reports) && good()) {
+      collect(a.window, epoch, experts_per_rank, a.alignment, a.patience, tables);
+      if (reports && good()) report_to_host(a.window, experts_per_rank, tables, a.host_words);
+      if (receiver && good() && team.own() == 0)
+        report_counts(a.window, experts_per_rank, a.alignment, tables, a.counts);
+    }
   }
   device::sync_block();
 
+  if (receiver && good() && team.own() == 0) add_to_stats(experts_per_rank, tables, a.stats);
   if (sender && warp < C.num_send_warps && good()) {
     using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
     const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
-    if (await_settled(a.window, epoch, team, a.patience)) {
+    if (kRecalls || await_settled(a.window, epoch, team, a.patience)) {
       scatter(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.send_piece_bytes);
     }
   }

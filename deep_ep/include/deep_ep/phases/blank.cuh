@@ -6,7 +6,8 @@
 // waits for     nothing
 // leaves behind "no expert", and zeros
 
-#include <deep_ep/phases/copy_out.cuh>
+#include <deep_ep/phases/land.cuh>
+#include <deep_ep/wire/blocks.cuh>
 
 namespace deep_ep {
 

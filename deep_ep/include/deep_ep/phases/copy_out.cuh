@@ -1,6 +1,6 @@
 #pragma once
 // reads         own rows of x; staged records of the peers
-// writes        recv_x and its scale factors, recv_topk_idx, recv_topk_weights, recv_src_metadata
+// writes        recv_x; with it, what land.cuh puts beside a row
 // waits for     the arrival marks: it takes whatever has come
 // leaves behind every received row in its final place
 //
@@ -10,27 +10,11 @@
 
 #include <deep_ep/phases/collect.cuh>
 #include <deep_ep/phases/compose.cuh>
+#include <deep_ep/phases/land.cuh>
 #include <deep_ep/phases/scatter.cuh>
 #include <deep_ep/wire/blocks.cuh>
 
 namespace deep_ep {
-
-enum class Layout : int32_t { kPlain, kExpanded };
-enum class Padding : int32_t { kLeave, kZero };
-
-// `any` rows are `rows` in the plain layout, `expanded_rows` in the expanded one.
-struct Received {
-  char* x;                // [any, row_bytes]
-  int64_t stride;         // bytes
-  void* topk_idx;         // [rows, num_topk], as wide as the sender's indices; null in the expanded layout
-  float* weights;         // [rows, num_topk], or [expanded_rows] in the expanded layout; or null
-  int32_t* metadata;      // [rows, num_topk + 2]
-  Scales scales;          // [any, count]
-  int32_t rows;           // tokens that there is room for
-  int32_t expanded_rows;  // rows of the expanded layout that there is, or would be, room for
-  Layout layout;
-  Padding padding;  // of the expanded layout
-};
 
 // What comes from the peers, in about the order in which it is sent: the first token of every source, then the second
 // of each, and so on. A warp looks at 32 of its share at a time, one a lane, and takes whichever has come.
@@ -123,57 +107,6 @@ class Arrivals {
   bool failed_ = false;
 };
 
-// Scale factors go beside the token's row, or beside each of its expanded rows, which lanes hold (or -1).
-EP_DEVICE void land_scales(const RoutingTail& tail, const Received& out, int row, int row_of_selection) {
-  const auto land = [&](int to) {
-    EP_NO_UNROLL
-    for (int i = device::lane_idx(); i < out.scales.count; i += 32) out.scales.at(to, i) = tail.scale(i);
-  };
-  if (out.scales.count == 0) return;
-  if (out.layout == Layout::kPlain) return land(row);
-  EP_NO_UNROLL
-  for (uint32_t left = device::ballot(row_of_selection >= 0); left != 0; left &= left - 1) {
-    land(device::shuffle(row_of_selection, lowest_bit(left)));
-  }
-}
-
-// Puts all that comes with a row where it belongs. Returns, to lane k, the row of selection k in the expanded layout, or
-// -1.
-EP_DEVICE int land_tail(const Window& window, const Routing& routing, const Tables& tables, const Received& out,
-                        int source, int row, const char* at) {
-  const RoutingTail tail{reinterpret_cast<int32_t*>(const_cast<char*>(at)), routing.num_topk};
-  const int k = device::lane_idx(), num_topk = routing.num_topk, token = tail.token();
-  const int expert = k < num_topk ? tail.expert(k) : -1;
-  const float weight = k < num_topk ? tail.weight(k) : 0.0f;
-  const bool here = expert >= 0 && routing.rank_of(expert) == window.rank;
-  const int local = here ? expert - window.rank * routing.experts_per_rank : -1;
-  const uint32_t chosen = device::ballot(here);
-  int expanded = here ? tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k) : -1;
-  if (expanded >= out.expanded_rows) expanded = -1;  // more than the worst case: some token names an expert twice
-  land_scales(tail, out, row, expanded);
-  device::fence_async_proxy_shared();  // the tail has been read: its stage may be loaded again
-
-  int32_t* metadata = out.metadata + int64_t(row) * (num_topk + 2);
-  if (k == 0) {
-    metadata[0] = source * routing.max_tokens + token;
-    metadata[1] = source * num_topk + highest_bit(chosen);
-  }
-  if (k >= num_topk) return expanded;
-  metadata[2 + k] = expanded;
-  const int64_t entry = int64_t(row) * num_topk + k;
-  if (out.layout == Layout::kExpanded) {
-    if (expanded >= 0 && out.weights != nullptr) out.weights[expanded] = weight;
-    return expanded;
-  }
-  if (routing.index_bytes == 8) {
-    static_cast<int64_t*>(out.topk_idx)[entry] = local;
-  } else {
-    static_cast<int32_t*>(out.topk_idx)[entry] = local;
-  }
-  if (out.weights != nullptr) out.weights[entry] = weight;
-  return expanded;
-}
-
 template <class Ring>
 EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, const Routing& routing,
                         const TokenTables& token_tables, const Rows& rows, const Record& record, int piece_bytes,
@@ -182,32 +115,30 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
   const int warp = device::warp_idx();
   Arrivals arrivals(window, epoch, tables, patience, team.own() * num_warps + warp, team.count * num_warps);
   int ahead = range.begin + warp;  // this warp's next own token
-  Choice next = load_choice(routing, token_tables, ahead, range.end);
+  bool knows_next = false;         // whether `next` is that token's
+  Choice next;
 
   // The token being loaded. Its pieces come in the order last, first, second, ...: the last one brings the tail, which
   // says where the others go.
   const int num_pieces = (record.row_bytes + piece_bytes - 1) / piece_bytes;
-  Choice choice = next;
+  Choice choice;
   int source = -1, row = 0, token = 0, piece = 0;
   const char* from = nullptr;
 
+  // False also if the next own token does not stay here; then there may be more.
   const auto next_own = [&] {
-    while (ahead < range.end) {
-      token = ahead;
-      choice = next;
-      ahead += num_warps;
-      const Selection selection = select(routing, choice.expert);
-      const uint32_t here = device::ballot(selection.speaks && selection.rank == window.rank);
-      if (here == 0) {
-        next = load_choice(routing, token_tables, ahead, range.end);
-        continue;
-      }
-      source = window.rank;
-      row = tables.row_base[source] + device::shuffle(choice.slot, lowest_bit(here));
-      from = rows.x + token * rows.stride;
-      return true;
-    }
-    return false;
+    if (!knows_next || ahead >= range.end) return false;
+    token = ahead;
+    choice = next;
+    ahead += num_warps;
+    knows_next = false;
+    const Selection selection = select(routing, choice.expert);
+    const uint32_t here = device::ballot(selection.speaks && selection.rank == window.rank);
+    if (here == 0) return false;
+    source = window.rank;
+    row = tables.row_base[source] + device::shuffle(choice.slot, lowest_bit(here));
+    from = rows.x + token * rows.stride;
+    return true;
   };
   const auto next_arrival = [&](bool patient) {
     Arrivals::Item item;
@@ -219,12 +150,11 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
   };
   // What has come goes first; own rows fill the time in which nothing has.
   const auto next_token = [&](bool patient) {
-    return next_arrival(false) || next_own() || (patient && next_arrival(true));
+    return next_arrival(false) || next_own() || (patient && ahead >= range.end && next_arrival(true));
   };
 
-  const auto fill = [&](Stage stage, bool patient) {
+  const auto load = [&](Stage stage) {
     const bool with_tail = piece == 0;
-    if (with_tail && !next_token(patient)) return arrivals.more() ? Filled::kNotYet : Filled::kNoMore;
     const int offset = (with_tail ? num_pieces - 1 : piece - 1) * piece_bytes;
     const int bytes = min_of(piece_bytes, record.row_bytes - offset);
     const bool composed = source == window.rank;
@@ -241,9 +171,14 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
       device::bulk_load(stage.data, from + offset, loaded, *stage.full);
     }
     device::sync_warp();
-    if (with_tail && composed) next = load_choice(routing, token_tables, ahead, range.end);
     if (++piece == num_pieces) piece = 0;
-    return Filled::kYes;
+  };
+  const auto fill = [&](Stage stage, bool patient) {
+    const bool loads = piece > 0 || next_token(patient);
+    if (loads) load(stage);
+    if (!knows_next) next = load_choice(routing, token_tables, ahead, range.end);
+    knows_next = true;
+    return loads ? Filled::kYes : arrivals.more() || ahead < range.end ? Filled::kNotYet : Filled::kNoMore;
   };
   int row_of_selection = -1;  // of the token being stored
   const auto drain = [&](Stage stage) {

@@ -1,6 +1,6 @@
 #pragma once
-// reads         tables of a block that has collected
-// writes        the handle's counts on the device, or the host's words
+// reads         tables of a block that has collected or recalled
+// writes        the handle's counts on the device, the caller's statistics, or the host's words
 // waits for     nothing
 // leaves behind counts; for the host, released by their first word
 
@@ -8,6 +8,7 @@
 
 namespace deep_ep {
 
+// What a handle keeps: reported by the dispatch that makes it, read by those that use it.
 struct Counts {
   int32_t* per_rank;            // [num_ranks]         inclusive sums of rows by source
   int32_t* per_expert_aligned;  // [experts_per_rank]  inclusive sums of aligned counts
@@ -26,6 +27,14 @@ EP_DEVICE void report_counts(const Window& window, int experts_per_rank, int ali
     out.per_expert[e] = count;
     out.per_expert_aligned[e] = start + align_up(count, alignment);
     out.per_expert_end[e] = start + count;
+  }
+}
+
+// stats[e] grows by what local expert e received; null if nobody asks.
+EP_DEVICE void add_to_stats(int experts_per_rank, const Tables& tables, int32_t* stats) {
+  EP_NO_UNROLL
+  for (int e = device::thread_idx(); stats != nullptr && e < experts_per_rank; e += device::num_threads()) {
+    stats[e] += tables.expert_total[e];
   }
 }
 

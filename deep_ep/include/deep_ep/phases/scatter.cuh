@@ -26,38 +26,27 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
   const int lane = device::lane_idx();
   Announcer announcer(window, epoch, kTokens);
   Claims claims(window, Queue::kSend);
-  int ahead = claims.take();  // the token after the one being loaded
-  Choice next = load_choice(routing, tables, ahead, routing.num_tokens);
-  Choice choice = next;
-  int token = -1, offset = 0, slot_at_rank = -1;
+  int ahead = -1, token = -1, offset = 0, slot_at_rank = -1;  // ahead: the token after the one being loaded, if known
+  Choice next, choice;
 
-  // The next token that leaves this rank; lane r learns its slot at rank r.
-  const auto next_token = [&] {
+  // Turns to the next token. False if it stays here; else lane r learns its slot at rank r.
+  const auto turn = [&] {
+    token = ahead;
+    choice = next;
+    ahead = -1;
+    const Selection selection = select(routing, choice.expert);
+    uint32_t speakers = device::ballot(selection.speaks && selection.rank != window.rank);
+    slot_at_rank = -1;
+    const bool leaves = speakers != 0;
     EP_NO_UNROLL
-    while (ahead < routing.num_tokens) {
-      token = ahead;
-      choice = next;
-      ahead = claims.take();
-      const Selection selection = select(routing, choice.expert);
-      uint32_t speakers = device::ballot(selection.speaks && selection.rank != window.rank);
-      if (speakers == 0) {
-        next = load_choice(routing, tables, ahead, routing.num_tokens);
-        continue;
-      }
-      slot_at_rank = -1;
-      EP_NO_UNROLL
-      for (; speakers != 0; speakers &= speakers - 1) {
-        const int rank = device::shuffle(selection.rank, lowest_bit(speakers));
-        const int slot = device::shuffle(choice.slot, lowest_bit(speakers));
-        if (lane == rank) slot_at_rank = slot;
-      }
-      return true;
+    for (; speakers != 0; speakers &= speakers - 1) {
+      const int rank = device::shuffle(selection.rank, lowest_bit(speakers));
+      const int slot = device::shuffle(choice.slot, lowest_bit(speakers));
+      if (lane == rank) slot_at_rank = slot;
     }
-    return false;
+    return leaves;
   };
-
-  const auto fill = [&](Stage stage, bool) {
-    if (offset == 0 && !next_token()) return Filled::kNoMore;
+  const auto load = [&](Stage stage) {
     const int bytes = min_of(piece_bytes, record.row_bytes - offset);
     const bool last = offset + bytes == record.row_bytes;
     if (last) {
@@ -74,10 +63,19 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
       device::bulk_load(stage.data, rows.x + token * rows.stride + offset, bytes, *stage.full);
     }
     device::sync_warp();
-    // Behind the load and, in long rows, before the last piece's fence, which would wait for it.
-    if (offset == 0) next = load_choice(routing, tables, ahead, routing.num_tokens);
     offset = last ? 0 : offset + bytes;
-    return Filled::kYes;
+  };
+
+  const auto fill = [&](Stage stage, bool) {
+    if (offset == 0 && ahead >= routing.num_tokens) return Filled::kNoMore;
+    const bool loads = offset > 0 || (ahead >= 0 && turn());
+    if (loads) load(stage);
+    // Behind the load and, in long rows, before the last piece's fence, which would wait for it.
+    if (ahead < 0) {
+      ahead = claims.take();
+      next = load_choice(routing, tables, ahead, routing.num_tokens);
+    }
+    return loads ? Filled::kYes : Filled::kNotYet;
   };
   int drained = 0;
   const auto drain = [&](Stage stage) {

@@ -13,11 +13,12 @@ struct Routing {
 
   EP_DEVICE int rank_of(int expert) const { return expert / experts_per_rank; }
 
-  // Expert of selection `entry = token * num_topk + k`, or -1.
+  // Expert of selection `entry = token * num_topk + k`, or -1. Indices are read as words: of 8 bytes, the low one holds
+  // any expert, and the high one is 0 then.
   EP_DEVICE int expert(int64_t entry) const {
-    const int64_t value =
-        index_bytes == 8 ? static_cast<const int64_t*>(topk_idx)[entry] : static_cast<const int32_t*>(topk_idx)[entry];
-    return value >= 0 && value < num_experts ? static_cast<int>(value) : -1;
+    const uint32_t* words = static_cast<const uint32_t*>(topk_idx) + entry * (index_bytes / 4);
+    const uint32_t low = words[0], high = index_bytes == 8 ? words[1] : 0;
+    return high == 0 && low < static_cast<uint32_t>(num_experts) ? static_cast<int>(low) : -1;
   }
 };
 

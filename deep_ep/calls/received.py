@@ -1,0 +1,112 @@
+"""What a dispatch fills: outputs, and the routes that its handle keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from deep_ep import plan
+from deep_ep.calls.endpoint import Tensors
+from deep_ep.calls.payload import Payload
+from deep_ep.handle import EPHandle
+from deep_ep.ops.arguments import pointer
+from deep_ep.ops.dispatch import Counts, Layout, Padding, Received, Scales
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows that a dispatch fills at most."""
+
+    tokens: int
+    expanded: int  # of the expanded layout, padding included
+
+    @staticmethod
+    def worst(max_tokens: int, num_ranks: int, num_topk: int, local_experts: int, alignment: int) -> Sizes:
+        """Every rank sends all it may."""
+        expanded = plan.expanded_rows_at_most(max_tokens, num_ranks, num_topk, local_experts, alignment)
+        return Sizes(num_ranks * max_tokens, expanded)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where tokens go. The kernel works it out, or reads what an earlier dispatch's handle has kept."""
+
+    metadata: torch.Tensor  # [tokens, K+2] int32
+    per_rank: torch.Tensor  # [R] int32
+    per_expert_aligned: torch.Tensor  # [L] int32
+    per_expert_end: torch.Tensor  # [L] int32
+    per_expert: torch.Tensor  # [L] int32
+
+    @staticmethod
+    def allocate(like: torch.Tensor, tokens: int, num_topk: int, num_ranks: int, local_experts: int) -> Routes:
+        """``like``: a tensor of the device."""
+        sums = like.new_empty(num_ranks + 3 * local_experts, dtype=torch.int32)  # in one piece
+        metadata = like.new_empty((tokens, num_topk + 2), dtype=torch.int32)
+        return Routes(metadata, *torch.split(sums, [num_ranks, local_experts, local_experts, local_experts]))
+
+    @staticmethod
+    def of(handle: EPHandle) -> Routes:
+        return Routes(
+            handle.recv_src_metadata,
+            handle.psum_num_recv_tokens_per_scaleup_rank,
+            handle.per_expert_aligned,
+            handle.per_expert_end,
+            handle.num_unaligned_recv_tokens_per_expert,
+        )
+
+    @property
+    def counts(self) -> Tensors:
+        return self.per_rank, self.per_expert_aligned, self.per_expert_end, self.per_expert
+
+    @property
+    def tensors(self) -> Tensors:
+        return self.metadata, *self.counts
+
+    def argument(self) -> Counts:
+        return Counts(*map(pointer, self.counts))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a dispatch returns: ``rows`` are tokens, or rows of the expanded layout."""
+
+    payload: Payload  # [rows, H]
+    topk_idx: torch.Tensor | None  # [tokens, K]; None in the expanded layout
+    weights: torch.Tensor | None  # float32: [tokens, K], or [rows] in the expanded layout
+
+    @staticmethod
+    def allocate(
+        payload: Payload,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor | None,
+        sizes: Sizes,
+        *,
+        expand: bool,
+        col_major_scales: bool,
+    ) -> Outputs:
+        """Room for what comes of such tokens."""
+        rows, num_topk = sizes.expanded if expand else sizes.tokens, topk_idx.shape[1]
+        return Outputs(
+            payload.new_empty(rows, col_major_scales=col_major_scales),
+            None if expand else topk_idx.new_empty((rows, num_topk)),
+            None if weights is None else weights.new_empty(rows if expand else (rows, num_topk)),
+        )
+
+    @property
+    def tensors(self) -> Tensors:
+        return self.payload.rows, self.payload.scales, self.topk_idx, self.weights
+
+    def argument(self, sizes: Sizes, layout: Layout, padding: Padding) -> Received:
+        """Where they are; nothing yet about metadata."""
+        return Received(
+            x=self.payload.rows.data_ptr(),
+            stride=self.payload.row_bytes,
+            topk_idx=pointer(self.topk_idx),
+            weights=pointer(self.weights),
+            scales=Scales.of(self.payload.scales),
+            rows=sizes.tokens,
+            expanded_rows=sizes.expanded,
+            layout=layout,
+            padding=padding,
+        )
