@@ -1,6 +1,7 @@
 """deep_ep: dispatch and combine for expert-parallel mixture-of-experts layers, on GPUs and on simulated ranks."""
 
 from deep_ep.buffer import ElasticBuffer, get_logical_domain_size, get_physical_domain_size
+from deep_ep.errors import EPCompileError, EPEnvironmentError, EPError, EPTimeoutError, EPTopologyError
 from deep_ep.event import EventHandle, EventOverlap
 from deep_ep.handle import EPHandle
 from deep_ep.validate import topk_idx_t
@@ -8,7 +9,12 @@ from deep_ep.validate import topk_idx_t
 __version__ = "0.1.0"
 
 __all__ = [
+    "EPCompileError",
+    "EPEnvironmentError",
+    "EPError",
     "EPHandle",
+    "EPTimeoutError",
+    "EPTopologyError",
     "ElasticBuffer",
     "EventHandle",
     "EventOverlap",

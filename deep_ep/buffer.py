@@ -20,12 +20,17 @@ logger = logging.getLogger("deep_ep")
 
 
 def get_physical_domain_size(group: dist.ProcessGroup) -> tuple[int, int]:
-    """(RDMA ranks, NVLink ranks): how the group's ranks are connected. This version serves one NVLink domain."""
+    """(RDMA ranks, NVLink ranks): how a buffer's ranks are connected. Talks to nobody.
+
+    This version serves groups inside one NVLink domain, so it is (1, ranks); building a buffer over any other group is
+    an EPTopologyError.
+    """
     return 1, _size_of(group)
 
 
 def get_logical_domain_size(group: dist.ProcessGroup, allow_hybrid_mode: bool = True) -> tuple[int, int]:
-    """(scale-out ranks, scale-up ranks): how kernels use the group."""
+    """(scale-out ranks, scale-up ranks): how kernels use the group. Inside one NVLink domain (1, ranks), whether
+    ``allow_hybrid_mode`` or not."""
     return get_physical_domain_size(group)
 
 
@@ -41,7 +46,10 @@ class ElasticBuffer:
         num_max_tokens_per_rank: the most tokens that any rank dispatches in one call.
         hidden: elements of a token.
         num_topk: selections of a token; 0 stands for "unknown, up to 32".
-        use_fp8_dispatch: changes nothing: a window that holds bfloat16 rows, which combine sends, holds FP8 rows too.
+        allow_multiple_reduction: combine adds a rank's expanded rows of a token there, and they travel as one. False:
+            they travel one by one (the window makes room for that) and are added in the order of the selections.
+        use_fp8_dispatch: changes nothing: what combine sends is bfloat16 and larger than any dispatch of FP8, so a
+            window that holds the one holds the other.
         num_cpu_timeout_secs, num_gpu_timeout_secs: how long the host, or a kernel, waits for a peer.
         explicitly_destroy: the caller promises to call destroy(); a buffer that is dropped without it is logged.
 
@@ -74,11 +82,11 @@ class ElasticBuffer:
         self._endpoint: Endpoint | None = None  # __del__ may look before there is one
         self.explicitly_destroy = explicitly_destroy
         num_ranks = _size_of(group)
-        validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
+        num_max_tokens_per_rank = validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
         if num_bytes is None:
-            _require_settings(num_max_tokens_per_rank, hidden, num_topk)
-            num_bytes = layout.window_bytes(num_ranks, num_max_tokens_per_rank, hidden, num_topk)
-        validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
+            settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
+            num_bytes = layout.window_bytes(num_ranks, *settings, allow_multiple_reduction)
+        num_bytes = validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
 
         self.group = group
         self.num_bytes = num_bytes
@@ -113,8 +121,8 @@ class ElasticBuffer:
         allow_multiple_reduction: bool = True,
     ) -> int:
         """The ``num_bytes`` that these settings need, a multiple of 2 MiB. Needs no buffer and talks to nobody."""
-        _require_settings(num_max_tokens_per_rank, hidden, num_topk)
-        return layout.window_bytes(_size_of(group), num_max_tokens_per_rank, hidden, num_topk)
+        settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
+        return layout.window_bytes(_size_of(group), *settings, allow_multiple_reduction)
 
     @staticmethod
     def capture() -> EventHandle:
@@ -150,12 +158,25 @@ class ElasticBuffer:
         sm_read_gbs: float = 200,
         sm_write_gbs: float = 50,
     ) -> int:
-        """SMs with which a call keeps the link full, by the model of plan.theoretical_num_sms; even, at least 4."""
-        return plan.theoretical_num_sms(self.num_ranks, nvlink_gbs or plan.NVLINK_GBS, sm_write_gbs)
+        """SMs with which a call keeps the link full, by the model of plan.theoretical_num_sms; even, at least 4. It may
+        be more than the device has; a call with ``num_sms=0`` takes the smaller number.
+
+        Args:
+            num_experts, num_topk: do not matter inside one domain, where each row crosses the link once.
+            num_scaleout_topk, rdma_gbs: do not matter without a network.
+            nvlink_gbs: GB/s that kernels reach over the GPU's links in one direction; 0 stands for EP_NVLINK_GBS, or
+                what NVML tells of the links.
+            sm_read_gbs, sm_write_gbs: GB/s that one SM reads and writes at the same time.
+        """
+        speeds = {"nvlink_gbs": nvlink_gbs, "sm_read_gbs": sm_read_gbs, "sm_write_gbs": sm_write_gbs}
+        for name, gbs in speeds.items():
+            validate.is_speed(name, gbs, may_be_0=name == "nvlink_gbs")
+        reached = nvlink_gbs or self._end().nvlink_gbs
+        return plan.theoretical_num_sms(self.num_ranks, reached, sm_read_gbs, sm_write_gbs)
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs that a call of ``num_sms`` SMs uses: none inside one NVLink domain."""
-        return 0
+        return plan.theoretical_num_qps(validate.is_count("num_sms", num_sms, 0))
 
     # Calls
 
@@ -240,7 +261,9 @@ class ElasticBuffer:
             use_tma_aligned_col_major_sf=use_tma_aligned_col_major_sf,
             timing=timing,
         )
-        return run_dispatch(endpoint, check_dispatch(endpoint, asked))
+        request = check_dispatch(endpoint, asked)
+        with endpoint.named("dispatch"):
+            return run_dispatch(endpoint, request)
 
     def combine(
         self,
@@ -259,12 +282,13 @@ class ElasticBuffer:
 
         The sum is float32: biases first, then the ranks in the order in which each one's last selected expert appears
         among the token's selections, starting from +0; one rounding to bfloat16. It is the same on every machine and
-        for every SM count.
+        for every SM count. Expanded rows of a token are added on their rank first, in the order of its selections, and
+        rounded; or, with a buffer whose ``allow_multiple_reduction`` is False, all in the order of the selections.
 
         Args:
-            x: [N, H] bfloat16, rows as dispatch returned them.
-            handle: of that dispatch.
-            topk_weights: [N, K] float32, gathered back per selection (0 where the selection is -1).
+            x: [N, H] bfloat16, rows as dispatch returned them; [X, H] if ``handle.do_expand``.
+            handle: of that dispatch; combine goes by its current ``do_expand``.
+            topk_weights: [N, K] float32 ([X] if expanded), gathered back per selection (0 where the selection is -1).
             bias: none, one or a pair of [T, H] bfloat16.
             num_sms: 0 is the handle's.
             previous_event, previous_event_before_epilogue, async_with_compute_stream: as in dispatch.
@@ -280,14 +304,27 @@ class ElasticBuffer:
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
-        request = check_combine(endpoint, x, handle, topk_weights, bias, num_sms, timing)
-        return run_combine(endpoint, request)
+        reduces = self.allow_multiple_reduction
+        request = check_combine(endpoint, x, handle, topk_weights, bias, num_sms, timing, reduces)
+        with endpoint.named("combine"):
+            return run_combine(endpoint, request)
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
-        """Return when every rank has finished all that it had launched before. Collective."""
+        """What is queued after this waits until every rank has finished what it had queued before. Collective.
+
+        Args:
+            use_comm_stream: the ranks meet on the communication stream, and the current one waits for it; else on the
+                current stream.
+            with_cpu_sync: the host waits too. Without it the call may be captured in a CUDA graph. (On simulated ranks
+                the host waits in any case.)
+            sequential: whether the domains meet one after the other. In one domain it makes no difference.
+
+        Raises:
+            EPTimeoutError: an earlier call of this rank has failed; with ``with_cpu_sync`` no failure is missed.
+        """
         endpoint = self._usable()
-        stream = endpoint.machine.comm_stream
-        endpoint.barrier(stream if stream is None or use_comm_stream else torch.cuda.current_stream())
+        with endpoint.named("barrier"):
+            endpoint.barrier(use_comm_stream, with_cpu_sync)
 
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing."""
@@ -324,8 +361,11 @@ def _size_of(group: object) -> int:
     return group.size()
 
 
-def _require_settings(num_max_tokens_per_rank: int, hidden: int, num_topk: int) -> None:
+def _settings(num_max_tokens_per_rank: int, hidden: int, num_topk: int) -> tuple[int, int, int]:
+    """The three that a window's size follows from."""
     advice = "or pass num_bytes"
-    validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice)
-    validate.is_count("hidden", hidden, 1, advice=advice)
-    validate.is_count("num_topk", num_topk, 0, layout.MAX_TOPK)
+    return (
+        validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice),
+        validate.is_count("hidden", hidden, 1, advice=advice),
+        validate.is_count("num_topk", num_topk, 0, layout.MAX_TOPK),
+    )

@@ -40,6 +40,13 @@ def _one_of(*allowed: int) -> Callable[[str], int]:
     return parse
 
 
+def _between(low: float, high: float, text: str) -> float:
+    value = float(text)
+    if not low <= value <= high:
+        raise ValueError(text)
+    return value
+
+
 def _name(text: str) -> str:
     if any(character.isspace() or character == "/" for character in text):
         raise ValueError(text)
@@ -62,6 +69,7 @@ Switch = Annotated[bool, _Format("0 or 1", lambda text: bool(_one_of(0, 1)(text)
 CppStandard = Annotated[int, _Format("20, 23 or 26 (the headers are C++20)", _one_of(20, 23, 26))]
 IndexBits = Annotated[int, _Format("32 or 64", _one_of(32, 64))]
 ServiceLevel = Annotated[int | None, _Format("an InfiniBand service level, 0 to 15", _one_of(*range(16)))]
+Gbs = Annotated[float | None, _Format("a number of GB/s from 1 to 100000", lambda text: _between(1, 100000, text))]
 DeviceName = Annotated[str, _Format("the name of a network device, such as mlx5_0", _name)]
 Folder = Annotated[Path, _Format("a folder", _path)]
 OptionalFolder = Annotated[Path | None, _Format("a folder", _path)]
@@ -79,6 +87,7 @@ class Environment:
     num_topk_idx_bits: IndexBits = 64
     reuse_nccl_comm: Switch = True
     disable_gin: Switch = False
+    nvlink_gbs: Gbs = None
     # Network
     nic_name: DeviceName = "mlx5_0"
     override_rdma_sl: ServiceLevel = None

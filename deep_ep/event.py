@@ -16,29 +16,33 @@ class EventHandle:
 
     def __init__(self) -> None:
         self.event: torch.cuda.Event | None = None
+        self._device: torch.device | None = None
         if torch.cuda.is_available():
-            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.event.record(torch.cuda.current_stream())
+            self._record(torch.cuda.current_stream())
 
     @classmethod
     def inert(cls) -> EventHandle:
         """An event that has happened."""
         handle = cls.__new__(cls)
-        handle.event = None
+        handle.event = handle._device = None
         return handle
 
     @classmethod
     def on(cls, stream: torch.cuda.Stream) -> EventHandle:
         """An event recorded on ``stream`` now."""
         handle = cls.inert()
-        handle.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        handle.event.record(stream)
+        handle._record(stream)
         return handle
 
+    def _record(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event.record(stream)
+        self._device = stream.device
+
     def current_stream_wait(self) -> None:
-        """Make the current stream wait for the event. Does not block the host."""
+        """Make the current stream of the event's device wait for it. Does not block the host."""
         if self.event is not None:
-            torch.cuda.current_stream().wait_event(self.event)
+            torch.cuda.current_stream(self._device).wait_event(self.event)
 
 
 class EventOverlap:
@@ -97,6 +101,27 @@ class Timing:
     allocate_on_comm_stream: bool
 
 
+class LastCall:
+    """The stream of a buffer's call before, so that no two of its calls overlap, whatever their streams.
+
+    Calls inside a CUDA graph capture do not run yet. They are ordered among themselves, by events inside the capture:
+    an event of a capture must not be waited for outside of it, nor one from outside inside. What orders replays of the
+    graph with other calls is the stream that it is replayed on, and that is the caller's to see to (docs/guide.md).
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._captured: tuple[int, torch.cuda.Stream | None] = (0, None)
+
+    def replace(self, stream: torch.cuda.Stream, capture: int) -> torch.cuda.Stream | None:
+        """Note a call on ``stream``, in the capture of that number (0: in none); returns what it must wait for."""
+        if capture == 0:
+            before, self._stream = self._stream, stream
+            return before
+        (same, before), self._captured = self._captured, (capture, stream)
+        return before if same == capture else None
+
+
 class CallOrder:
     """One call's place among the streams: begin() before its first launch, end() after its last.
 
@@ -120,16 +145,23 @@ class CallOrder:
         self._previous = _recorded(previous_event)
         self._asynchronous = asynchronous
         self._keep_in_event = keep_in_event
-        self._current = torch.cuda.current_stream() if comm_stream is not None else None
+        # Of the buffer's device, whichever is the thread's current one.
+        self._current = torch.cuda.current_stream(comm_stream.device) if comm_stream is not None else None
         self._beside = asynchronous or self._previous is not None
         self.stream = comm_stream if self._beside else self._current
         """Where the call's kernels run; None on simulated ranks."""
 
-    def begin(self, last: torch.cuda.Stream | None) -> None:
-        """Make the stream wait for the inputs, and for the buffer's call before this one, which ran on ``last``."""
+    def begin(self, last_call: LastCall, capture: int) -> None:
+        """Make the stream wait for the inputs, and for the buffer's call before this one.
+
+        Args:
+            last_call: of the buffer; this call takes its place.
+            capture: the number of the CUDA graph capture that the current stream takes part in, or 0.
+        """
         if self.stream is None or self._current is None:
             return
-        if last is not None and last != self.stream and not torch.cuda.is_current_stream_capturing():
+        last = last_call.replace(self.stream, capture)
+        if last is not None and last != self.stream:
             self.stream.wait_stream(last)
         if self._previous is not None:
             self.stream.wait_event(self._previous)

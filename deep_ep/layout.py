@@ -23,6 +23,7 @@ LINE_BYTES = 128  # of memory and of the link
 SECTOR_BYTES = 32  # what memory writes at least
 WORD_BYTES = 8  # value and epoch
 MARK_BYTES = 4
+PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS + 1  # of a block: what it counted, and that it has settled places
 ARRIVED_SHARE = 64  # one part in so many of a window holds arrival marks, whatever the tokens will be
 
 
@@ -82,14 +83,22 @@ class WindowLayout:
         """Arrival marks that each source has: an upper limit of num_max_tokens_per_rank."""
         return self["arrived"].num_bytes // (MARK_BYTES * self.num_ranks)
 
-    def fits(self, num_max_tokens: int, record: Record) -> bool:
-        rows = (self.num_ranks - 1) * num_max_tokens * record.num_bytes
+    def fits(self, num_max_tokens: int, record: Record, rows_of_token: int | None = None) -> bool:
+        """Whether there is room for the records of staged_bytes."""
+        rows = staged_bytes(self.num_ranks, num_max_tokens, record, rows_of_token)
         return num_max_tokens <= self.slots_per_source and rows <= self["rows"].num_bytes
 
 
+def staged_bytes(num_ranks: int, num_max_tokens: int, record: Record, rows_of_token: int | None = None) -> int:
+    """Bytes of the records that may lie at a rank: one for each token of each peer; or, if a token's rows come home one
+    by one, so many for each token of the rank itself, since one rank has each selection's expert."""
+    records = (rows_of_token or num_ranks - 1) if num_ranks > 1 else 0
+    return records * num_max_tokens * record.num_bytes
+
+
 def message_words(num_ranks: int) -> int:
-    """8-byte words of what a source tells a peer: tokens, blocks, a start for each block, a count for each expert."""
-    return 2 + MAX_BLOCKS + MAX_EXPERTS // num_ranks
+    """8-byte words of what a source tells a peer: its tokens, and a count for each expert."""
+    return 1 + MAX_EXPERTS // num_ranks
 
 
 def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
@@ -105,7 +114,7 @@ def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
         )
     sizes = [
         ("control", CONTROL_BYTES, "epoch of the last operation, and who has read what"),
-        ("partials", MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS) * WORD_BYTES, "what each block of this rank counted"),
+        ("partials", MAX_BLOCKS * PARTIAL_WORDS * WORD_BYTES, "what each block of this rank counted"),
         ("messages", num_ranks * message_words(num_ranks) * WORD_BYTES, "what each source will send"),
         ("arrived", num_bytes // ARRIVED_SHARE, "a mark for each token that has come"),
     ]
@@ -122,7 +131,9 @@ def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
     return WindowLayout(num_ranks, num_bytes, tuple(regions))
 
 
-def window_bytes(num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int) -> int:
+def window_bytes(
+    num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int, allow_multiple_reduction: bool = True
+) -> int:
     """The smallest window, in bytes, for dispatches and combines of these sizes.
 
     Combine returns bfloat16 rows whatever dispatch sent, and no record is larger than that of a bfloat16 dispatch: FP8
@@ -130,17 +141,21 @@ def window_bytes(num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int
 
     Args:
         num_topk: selections of a token; 0 stands for "unknown", the largest.
+        allow_multiple_reduction: False makes room for a record of each selection, as combine of expanded rows needs.
     """
-    record = Record.of_dispatch(align(2 * hidden, 16), num_topk or MAX_TOPK)
+    row_bytes, most_selections = align(2 * hidden, 16), num_topk or MAX_TOPK
     fixed = sum(
         align(size, REGION_ALIGNMENT)
         for size in (
             CONTROL_BYTES,
-            MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS) * WORD_BYTES,
+            MAX_BLOCKS * PARTIAL_WORDS * WORD_BYTES,
             num_ranks * message_words(num_ranks) * WORD_BYTES,
         )
     )
-    rows = (num_ranks - 1) * num_max_tokens * record.num_bytes + 2 * REGION_ALIGNMENT
-    by_rows = -(-(fixed + rows) * ARRIVED_SHARE // (ARRIVED_SHARE - 1))
+    rows = staged_bytes(num_ranks, num_max_tokens, Record.of_dispatch(row_bytes, most_selections))
+    if not allow_multiple_reduction:
+        every_row = staged_bytes(num_ranks, num_max_tokens, Record.of_combine(row_bytes, 1), most_selections)
+        rows = max(rows, every_row)
+    by_rows = -(-(fixed + rows + 2 * REGION_ALIGNMENT) * ARRIVED_SHARE // (ARRIVED_SHARE - 1))
     by_marks = num_max_tokens * num_ranks * MARK_BYTES * ARRIVED_SHARE
     return align(max(by_rows, by_marks, WINDOW_ALIGNMENT), WINDOW_ALIGNMENT)

@@ -5,9 +5,10 @@ docs/protocol.md derives the numbers; docs/performance.md holds what was measure
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from deep_ep.layout import MAX_BLOCKS, MAX_RANKS, Record, align
+from deep_ep.layout import MAX_RANKS, Record, align
 
 TICKET_BYTES = 32 + 4 * MAX_RANKS  # what a ring remembers of a piece (include/deep_ep/phases/ring.cuh)
 MBARRIER_BYTES = 8
@@ -40,31 +41,63 @@ class Roles:
         """At least one block sends and one receives."""
         return min(max(1, round(num_blocks * self.send_share)), num_blocks - 1)
 
+    def send_blocks_of_launches(self, num_blocks: int) -> list[int]:
+        """Sending blocks of each launch that a call takes. One block cannot do both: one launch after the other."""
+        return [1, 0] if num_blocks == 1 else [self.num_send_blocks(num_blocks)]
+
+
+@dataclass(frozen=True)
+class CombineRoles:
+    """What the combine kernel is compiled for. Its blocks send with a crew of warps, and add with all others."""
+
+    send: Crew
+    num_warps: int
+    """Of a block, those that send included."""
+    send_share: float
+    """Of a launch's blocks, the part that has a crew; in the other blocks all warps add."""
+
+    @property
+    def num_threads(self) -> int:
+        return 32 * self.num_warps
+
+    def num_send_blocks(self, num_blocks: int) -> int:
+        """At least one block sends."""
+        return min(max(1, round(num_blocks * self.send_share)), num_blocks)
+
+    def send_blocks_of_launches(self, num_blocks: int) -> list[int]:
+        """Sending blocks of each launch that a call takes."""
+        return [self.num_send_blocks(num_blocks)]
+
 
 @dataclass(frozen=True)
 class RolesOfMachine:
     """The roles of every launch on one kind of machine."""
 
     dispatch: Roles
-    combine: Roles
+    combine: CombineRoles
+    """Where senders copy rows."""
+    combine_sums: CombineRoles
+    """Where senders add rows first."""
 
 
 # A GPU hides latency with many warps and large pieces; the simulator pays for each thread.
 ROLES = {
     "cuda": RolesOfMachine(
         dispatch=Roles(send=Crew(10, 3, 1), receive=Crew(20, 3, 1), send_share=0.375),
-        combine=Roles(send=Crew(7, 4, 2), receive=Crew(24, 2, 1), send_share=0.333),
+        combine=CombineRoles(send=Crew(3, 4, 1), num_warps=20, send_share=1.0),
+        combine_sums=CombineRoles(send=Crew(7, 2, 1), num_warps=16, send_share=1.0),
     ),
     "simulated": RolesOfMachine(
         dispatch=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
-        combine=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
+        combine=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
+        combine_sums=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
     ),
 }
 
 
-def tables_bytes(num_experts: int, num_ranks: int) -> int:
+def tables_bytes(num_experts: int) -> int:
     """Bytes of a dispatch block's tables, as Tables::bytes in include/deep_ep/phases/tables.cuh."""
-    words = 4 + 3 * num_experts + 3 * MAX_RANKS + 4 + num_ranks * (MAX_BLOCKS + 1)
+    words = 4 + 3 * num_experts + 3 * MAX_RANKS + 4
     return align(4 * words, 128)
 
 
@@ -84,25 +117,23 @@ def cut(row_bytes: int, limit: int) -> int:
     return align(-(-row_bytes // pieces), PIECE_ALIGNMENT)
 
 
-def ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int, parts: int = 1) -> Ring:
+def ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int) -> Ring:
     """Cut rows so that the crew's rings fit.
 
     Args:
         memory: bytes of shared memory that the rings may take.
         tail_bytes: what a stage holds beside the last piece.
-        parts: pieces that a stage holds.
 
     Raises:
         ValueError: not even small stages fit.
     """
     stages = crew.num_warps * crew.num_stages
     largest = (memory - PIECE_ALIGNMENT) // stages - TICKET_BYTES - MBARRIER_BYTES
-    limit = (largest - largest % PIECE_ALIGNMENT - align(tail_bytes, PIECE_ALIGNMENT)) // parts
-    limit -= limit % PIECE_ALIGNMENT
+    limit = largest - largest % PIECE_ALIGNMENT - align(tail_bytes, PIECE_ALIGNMENT)
     if limit <= 0:
-        raise ValueError(f"{memory} bytes of shared memory do not hold {stages} stages of {parts} parts")
+        raise ValueError(f"{memory} bytes of shared memory do not hold {stages} stages")
     piece = cut(row_bytes, limit)
-    stage = align(piece * parts + tail_bytes, PIECE_ALIGNMENT)
+    stage = align(piece + tail_bytes, PIECE_ALIGNMENT)
     return Ring(piece, stage, align(stages * (stage + TICKET_BYTES + MBARRIER_BYTES), PIECE_ALIGNMENT))
 
 
@@ -118,7 +149,7 @@ class LaunchPlan:
 
 def plan_dispatch(roles: Roles, record: Record, num_experts: int, num_ranks: int, shared_limit: int) -> LaunchPlan:
     """The plan of a dispatch launch on a machine whose blocks have ``shared_limit`` bytes."""
-    tables = tables_bytes(num_experts, num_ranks)
+    tables = tables_bytes(num_experts)
     send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
     receive = ring(roles.receive, shared_limit - tables, record.row_bytes, record.tail_bytes)
     # Before the rings are used, their memory holds what each warp counts (WarpCounts in phases/place.cuh).
@@ -133,16 +164,13 @@ def warp_counts_bytes(num_experts: int) -> int:
 
 def num_place_warps(roles: Roles, num_experts: int, num_ranks: int, shared_limit: int) -> int:
     """Warps of a dispatch block that find tokens' places: all, or as many as have room for their counts."""
-    room = (shared_limit - tables_bytes(num_experts, num_ranks)) // warp_counts_bytes(num_experts)
+    room = (shared_limit - tables_bytes(num_experts)) // warp_counts_bytes(num_experts)
     return min(roles.num_threads // 32, room)
 
 
-def plan_combine(roles: Roles, record: Record, max_parts: int, shared_limit: int) -> LaunchPlan:
-    """The plan of a combine launch. ``max_parts``: rows that one token's sum may have, biases included."""
-    tables = 128
-    send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
-    receive = ring(roles.receive, shared_limit - tables, record.row_bytes, 0, max_parts)
-    return LaunchPlan(send, receive, tables, tables + max(send.rings_bytes, receive.rings_bytes))
+def plan_combine(roles: CombineRoles, record: Record, shared_limit: int) -> Ring:
+    """How a combine launch cuts its rows. Its shared memory holds the rings of the senders and nothing else."""
+    return ring(roles.send, shared_limit, record.row_bytes, record.tail_bytes)
 
 
 def expanded_rows_at_most(max_tokens: int, num_ranks: int, num_topk: int, local_experts: int, alignment: int) -> int:
@@ -151,24 +179,43 @@ def expanded_rows_at_most(max_tokens: int, num_ranks: int, num_topk: int, local_
     return align(rows, alignment)
 
 
-NVLINK_GBS = 365  # what kernels reach from one H200 to another, in one direction (docs/performance.md)
-SM_WRITE_GBS = 50  # what one SM writes while it also reads
+# One H200 to another, in one direction (docs/performance.md): what kernels reach, and which part that is of the wire.
+NVLINK_GBS = 365.0
+NVLINK_REACHED = NVLINK_GBS / (18 * 26.5625)
+SM_READ_GBS, SM_WRITE_GBS = 200.0, 50.0  # what one SM reads and writes at the same time
 
 
-def theoretical_num_sms(num_ranks: int, nvlink_gbs: float = NVLINK_GBS, sm_write_gbs: float = SM_WRITE_GBS) -> int:
-    """SMs that keep the link full: what they write for each byte on the link, over what one SM writes.
+def nvlink_gbs(wire_gbs: float | None) -> float:
+    """GB/s that kernels reach over links of so many GB/s; of an H200's where that is not known."""
+    return NVLINK_GBS if wire_gbs is None else wire_gbs * NVLINK_REACHED
 
-    With R ranks of one NVLink domain and experts drawn evenly, a byte that leaves a rank is written once to the peer
-    and, there, once more to its final row; and of what a rank's tokens need, one part in R - 1 of that goes to the rank
-    itself. So SMs write 2 + 1 / (R - 1) bytes for each byte on the link, in dispatch and in combine at most that.
+
+def theoretical_num_sms(
+    num_ranks: int,
+    nvlink_gbs: float = NVLINK_GBS,
+    sm_read_gbs: float = SM_READ_GBS,
+    sm_write_gbs: float = SM_WRITE_GBS,
+) -> int:
+    """SMs that keep the link full: what they read or write for each byte on the link, over what one SM can.
+
+    With R ranks of one NVLink domain and experts drawn evenly, a byte that leaves a rank is read and written once to
+    get there, and once more to get to its final row; and for each R - 1 such bytes one stays on its rank, and is read
+    and written once. So SMs read and write at most 2 + 1 / (R - 1) bytes for each byte on the link, whatever the
+    numbers of experts and selections; combine takes less.
 
     Args:
         num_ranks: of the NVLink domain.
-        nvlink_gbs: of one GPU in one direction, in GB/s.
-        sm_write_gbs: what one SM writes while it also reads, in GB/s.
+        nvlink_gbs: what kernels reach over one GPU's links in one direction.
+        sm_read_gbs, sm_write_gbs: what one SM reads and writes at the same time.
 
     Returns:
         an even number, at least 4.
     """
-    writes = 2 + 1 / (num_ranks - 1) if num_ranks > 1 else 1
-    return max(4, align(-(-int(nvlink_gbs * writes) // max(1, int(sm_write_gbs))), 2))
+    bytes_of_sms = 2 + 1 / (num_ranks - 1) if num_ranks > 1 else 1
+    num_sms = nvlink_gbs * bytes_of_sms / min(sm_read_gbs, sm_write_gbs)
+    return max(4, align(math.ceil(num_sms), 2))
+
+
+def theoretical_num_qps(num_sms: int) -> int:
+    """Queue pairs of the network that a call of ``num_sms`` SMs uses: none, since ranks share one NVLink domain."""
+    return 0

@@ -6,6 +6,9 @@ what to do.
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -100,33 +103,46 @@ def carries_no_gradient(call: str, **values: Any) -> None:
 
 def is_timeout(name: str, value: Any) -> float:
     """Seconds, more than 0 and at most a year."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number of seconds, but it is a {type(value).__name__}")
-    if not 0 < value <= YEAR:
+    seconds = float(value)
+    if not 0 < seconds <= YEAR:
         raise ValueError(f"{name} must be more than 0 and at most {YEAR} seconds, but it is {value}")
-    return float(value)
+    return seconds
+
+
+def is_speed(name: str, value: Any, may_be_0: bool) -> None:
+    """GB/s, more than 0, or 0 for "unknown" where that is an answer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number of GB/s, but it is a {type(value).__name__}")
+    if not (0 < float(value) < math.inf or (may_be_0 and value == 0)):
+        raise ValueError(f"{name} must be a number of GB/s more than 0, but it is {value}")
 
 
 def is_count(name: str, value: Any, low: int, high: int | None = None, advice: str = "") -> int:
-    """A whole number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """A whole number in [low, high], of any integer type (NumPy's among them), as an int."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, but it is a {type(value).__name__}")
-    if value < low or (high is not None and value > high):
+    if number < low or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {bounds}, but it is {value}{'; ' + advice if advice else ''}")
-    return value
+        raise ValueError(f"{name} must be {bounds}, but it is {number}{'; ' + advice if advice else ''}")
+    return number
 
 
 def is_expert_count(value: Any, num_ranks: int) -> int:
     if value is None:
         raise ValueError("num_experts must be given unless a handle is; pass the number of all ranks' experts together")
-    is_count("num_experts", value, 1, MAX_EXPERTS)
-    if value % num_ranks:
+    num_experts = is_count("num_experts", value, 1, MAX_EXPERTS)
+    if num_experts % num_ranks:
         raise ValueError(
-            f"num_experts must be a multiple of the group's {num_ranks} ranks, but it is {value}; pad the experts to "
-            f"{-(-value // num_ranks) * num_ranks}"
+            f"num_experts must be a multiple of the group's {num_ranks} ranks, but it is {num_experts}; pad the "
+            f"experts to {-(-num_experts // num_ranks) * num_ranks}"
         )
-    return int(value)
+    return num_experts
 
 
 def is_topk_idx(value: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -161,6 +177,17 @@ def is_stats(value: Any, local_experts: int, device: torch.device) -> torch.Tens
             f"{list(stats.shape)} and its strides are {stats.stride()}"
         )
     return stats
+
+
+def is_row_weights(value: Any, name: str, rows: int, device: torch.device) -> torch.Tensor | None:
+    """Of the expanded layout: one weight a row."""
+    if value is None:
+        return None
+    weights = is_tensor(name, value, "X", torch.float32, device)
+    if weights.shape[0] != rows:
+        shape = list(weights.shape)
+        raise ValueError(f"{name} must be [{rows}], one weight a row of the expanded layout, but its shape is {shape}")
+    return weights.contiguous()
 
 
 def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
@@ -241,9 +268,3 @@ def is_timing(timing: Timing) -> None:
 def is_event(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (EventOverlap, EventHandle)):
         raise TypeError(f"{name} must be an EventOverlap, an EventHandle or None, but it is a {type(value).__name__}")
-
-
-def is_there(feature: str, is_used: bool) -> None:
-    """Raise for what this version does not do yet, rather than ignore it."""
-    if is_used:
-        raise NotImplementedError(f"{feature} is not there yet in this version of deep_ep; see README.md for what is")

@@ -34,7 +34,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.functional import silu
 
-from deep_ep import ElasticBuffer, EPHandle
+from deep_ep import ElasticBuffer, EPHandle, topk_idx_t
 
 TEXT = Path(__file__).parent / "text" / "a_day_at_the_sorting_office.txt"
 MIN_PROBABILITY = 0.05  # a choice that the gate likes less than this is dropped: its index becomes -1
@@ -70,10 +70,10 @@ class Layer:
         return self.embedding[text.int()] + self.position
 
     def route(self, x: Tensor, num_topk: int) -> tuple[Tensor, Tensor]:
-        """Choose experts: topk_idx [tokens, num_topk] int64 and topk_weights [tokens, num_topk] float32."""
+        """Choose experts: topk_idx [tokens, num_topk] topk_idx_t and topk_weights [tokens, num_topk] float32."""
         probabilities = (x @ self.gate).float().softmax(dim=-1)
         topk_weights, topk_idx = probabilities.topk(num_topk)
-        return topk_idx.masked_fill(topk_weights < MIN_PROBABILITY, -1), topk_weights
+        return topk_idx.masked_fill(topk_weights < MIN_PROBABILITY, -1).to(topk_idx_t), topk_weights
 
     def run_experts(self, experts: range, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
         """Sum over some of the experts: each one's MLP on the tokens that chose it, times the gate's weight.
@@ -200,6 +200,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--topk", type=int, default=4, help="experts that each token chooses")
     options = parser.parse_args()
     options.ranks = int(os.environ.get("WORLD_SIZE", options.ranks))
+    for name in ("ranks", "max_tokens", "hidden", "experts"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, but it is {getattr(options, name)}")
+    if options.hidden % 8:
+        parser.error(f"--hidden {options.hidden} is not a multiple of 8 (a row must be a multiple of 16 bytes)")
     if options.experts % options.ranks:
         parser.error(f"--experts {options.experts} is not a multiple of the {options.ranks} ranks")
     if not 1 <= options.topk <= options.experts:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+Plain = tuple[torch.Tensor, torch.Tensor]  # rows [N, H] bfloat16, weights [N, K]
+
 
 @dataclass
 class Inputs:
@@ -185,5 +187,48 @@ def combine(
                 weights[token, k] = out_weights[expert // local][row_of[expert // local][rank, token], k]
         for at in sorted(last, key=lambda r: last[r]):
             total = total + outputs[at][row_of[at][rank, token]].float().numpy()
+        x[token] = torch.from_numpy(total).bfloat16()
+    return x, weights
+
+
+def reduce_expanded(outputs: torch.Tensor, out_weights: torch.Tensor, there: Dispatched) -> Plain:
+    """Plain rows and weights out of expanded ones: the first step of a combine with ``allow_multiple_reduction``."""
+    rows = torch.zeros(len(there.tokens), outputs.shape[1], dtype=torch.bfloat16)
+    weights = torch.zeros(len(there.tokens), there.topk_idx.shape[1])
+    for received, places in enumerate(there.metadata[:, 2:].tolist()):
+        total = np.zeros(outputs.shape[1], dtype=np.float32)
+        for k, place in enumerate(places):
+            if place >= 0:
+                total = total + outputs[place].float().numpy()
+                weights[received, k] = out_weights[place]
+        rows[received] = torch.from_numpy(total).bfloat16()
+    return rows, weights
+
+
+def combine_every_row(
+    inputs: list[Inputs],
+    outputs: list[torch.Tensor],
+    out_weights: list[torch.Tensor],
+    dispatched: list[Dispatched],
+    rank: int,
+    num_experts: int,
+    bias: list[torch.Tensor],
+) -> Plain:
+    """As combine, from expanded rows and weights without ``allow_multiple_reduction``."""
+    local = num_experts // len(inputs)
+    own = inputs[rank]
+    received_as = [{place: row for row, place in enumerate(d.tokens)} for d in dispatched]
+    x = torch.zeros(len(own.x), outputs[0].shape[1], dtype=torch.bfloat16)
+    weights = torch.zeros(own.topk_idx.shape)
+    for token, chosen in enumerate(own.topk_idx.tolist()):
+        total = np.zeros(outputs[0].shape[1], dtype=np.float32)
+        for b in bias:
+            total = total + b[token].float().numpy()
+        for k, expert in enumerate(chosen):
+            if expert >= 0:
+                at = expert // local
+                place = int(dispatched[at].metadata[received_as[at][rank, token], 2 + k])
+                total = total + outputs[at][place].float().numpy()
+                weights[token, k] = out_weights[at][place]
         x[token] = torch.from_numpy(total).bfloat16()
     return x, weights

@@ -11,19 +11,21 @@ from deep_ep import layout, plan, validate
 from deep_ep.calls.endpoint import Endpoint, Half, Tensors
 from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer, set_launch_fields
-from deep_ep.ops.combine import CombineArgs, Combined, RowsByOwner, combine_kernel
+from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer
+from deep_ep.ops.combine import CombineArgs, Combined, Results, Return, RowsByOwner, combine_kernel, combine_roles
 
 CombineResult = tuple[torch.Tensor, torch.Tensor | None, EventOverlap]
 
 
 @dataclass(frozen=True)
 class CombineRequest:
-    """A combine whose arguments are right. N rows of H elements come back as T tokens with K selections each."""
+    """A combine whose arguments are right. N rows of H elements, or X expanded ones, come back as T tokens with K
+    selections each."""
 
-    x: torch.Tensor  # [N, H]
+    x: torch.Tensor  # [N, H] or [X, H]
     handle: EPHandle
-    weights: torch.Tensor | None  # [N, K]
+    returned: Return
+    weights: torch.Tensor | None  # [N, K] or [X]
     biases: list[torch.Tensor]  # none, one or two [T, H]
     max_tokens: int
     num_sms: int
@@ -37,7 +39,14 @@ class CombineRequest:
 
 
 def check_combine(
-    endpoint: Endpoint, x: Any, handle: Any, topk_weights: Any, bias: Any, num_sms: Any, timing: Timing
+    endpoint: Endpoint,
+    x: Any,
+    handle: Any,
+    topk_weights: Any,
+    bias: Any,
+    num_sms: Any,
+    timing: Timing,
+    allow_multiple_reduction: bool,
 ) -> CombineRequest:
     """Look at everything that a user may get wrong; nothing has happened yet when this raises.
 
@@ -45,28 +54,34 @@ def check_combine(
         ValueError, TypeError: naming the argument.
     """
     device, handle = endpoint.device, endpoint.own_handle(handle)
-    validate.is_there("a handle with do_expand", handle.do_expand)
     validate.carries_no_gradient("combine", x=x, topk_weights=topk_weights)
-    x = validate.is_row_matrix("x", validate.is_tensor("x", x, "NH", torch.bfloat16, device))
-    dispatched = handle.num_recv_tokens
-    validate.has_rows("x", x, dispatched, f"the handle's dispatch returned {dispatched}; pass one row for each")
+    dims = "XH" if handle.do_expand else "NH"
+    x = validate.is_row_matrix("x", validate.is_tensor("x", x, dims, torch.bfloat16, device))
     num_tokens, num_topk, hidden = handle.topk_idx.shape[0], handle.num_topk, x.shape[1]
-    weights = validate.is_weights(topk_weights, "topk_weights", x.shape[0], num_topk, device)
+    if handle.do_expand:
+        returned = Return.SUM if allow_multiple_reduction else Return.EVERY_ROW
+        rows = handle.num_expanded_tokens
+        validate.has_rows("x", x, rows, f"the handle's expanded layout has {rows}; pass it whole, padding included")
+        weights = validate.is_row_weights(topk_weights, "topk_weights", rows, device)
+    else:
+        returned, rows = Return.ROW, handle.num_recv_tokens
+        validate.has_rows("x", x, rows, f"the handle's dispatch returned {rows}; pass one row for each")
+        weights = validate.is_weights(topk_weights, "topk_weights", rows, num_topk, device)
     biases = validate.biases(bias, num_tokens, hidden, device)
     for added in biases:
         validate.carries_no_gradient("combine", bias=added)
-    record = layout.Record.of_combine(hidden * x.element_size(), num_topk)
-    max_tokens = endpoint.fitting_tokens(handle.num_max_tokens_per_rank, num_tokens, record)
+    rows_of_token = num_topk if returned is Return.EVERY_ROW else None
+    record = layout.Record.of_combine(hidden * x.element_size(), 1 if rows_of_token else num_topk)
+    max_tokens = endpoint.fitting_tokens(handle.num_max_tokens_per_rank, num_tokens, record, rows_of_token)
     num_sms = endpoint.num_sms(num_sms or handle.num_sms)
     validate.is_timing(timing)
-    return CombineRequest(x, handle, weights, biases, max_tokens, num_sms, record, timing)
+    return CombineRequest(x, handle, returned, weights, biases, max_tokens, num_sms, record, timing)
 
 
 def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
     """Plan, launch and wrap."""
-    roles, handle = endpoint.roles.combine, request.handle
-    max_parts = min(handle.num_topk, endpoint.num_ranks) + len(request.biases)
-    launch = plan.plan_combine(roles, request.record, max_parts, endpoint.shared_limit)
+    roles, handle = combine_roles(endpoint.roles, request.returned), request.handle
+    ring = plan.plan_combine(roles, request.record, endpoint.shared_limit)
     order = endpoint.order(request.timing)
     order.wait_for(request.timing.previous_event_before_epilogue)
     with order.running():
@@ -74,20 +89,20 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
     with order.allocation(request.timing.allocate_on_comm_stream):
         combined_x = request.x.new_empty(request.tokens_shape)
         combined_weights = None if request.weights is None else request.weights.new_empty(handle.topk_idx.shape)
+    metadata = None if request.returned is Return.ROW else handle.recv_src_metadata
 
-    args = _arguments(endpoint, request, weights, combined_x, combined_weights)
-    set_launch_fields(args, launch)
+    args = _arguments(endpoint, request, ring, weights, metadata, combined_x, combined_weights)
     slots, per_rank = handle.dst_buffer_slot_idx, handle.psum_num_recv_tokens_per_scaleup_rank
-    reads: Tensors = (request.x, weights, handle.topk_idx, slots, per_rank, *request.biases)
+    reads: Tensors = (request.x, weights, metadata, handle.topk_idx, slots, per_rank, *request.biases)
     writes: Tensors = (combined_x, combined_weights)
     with endpoint.breaking_on_error("combine"):
         endpoint.launch(
-            combine_kernel(roles),
+            combine_kernel(endpoint.roles, request.returned),
             args,
             roles=roles,
             half=Half.BOTH,
             num_sms=request.num_sms,
-            shared_bytes=launch.shared_bytes,
+            shared_bytes=ring.rings_bytes,
             order=order,
             reads=reads,
             writes=writes,
@@ -98,11 +113,13 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
 def _arguments(
     endpoint: Endpoint,
     request: CombineRequest,
+    ring: plan.Ring,
     weights: torch.Tensor | None,
+    metadata: torch.Tensor | None,
     combined_x: torch.Tensor,
     combined_weights: torch.Tensor | None,
 ) -> CombineArgs:
-    """The kernel's arguments, but for the plan's."""
+    """The kernel's arguments, but for the number of sending blocks."""
     handle = request.handle
     stride = combined_x.shape[1] * combined_x.element_size()
     combined = Combined(x=combined_x.data_ptr(), stride=stride, weights=pointer(combined_weights))
@@ -113,10 +130,16 @@ def _arguments(
         window=endpoint.window_argument,
         patience=endpoint.patience_argument,
         routing=Routing.of(handle.topk_idx, handle.num_experts, endpoint.num_ranks, request.max_tokens),
-        record=RecordShape.of(request.record),
-        rows=Rows.of(request.x),
-        weights=pointer(weights),
         slots=handle.dst_buffer_slot_idx.data_ptr(),
-        by_owner=RowsByOwner(handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()),
+        results=Results(
+            rows=Rows.of(request.x),
+            weights=pointer(weights),
+            metadata=pointer(metadata),
+            by_owner=RowsByOwner(handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()),
+            record=RecordShape.of(request.record),
+            num_topk=handle.num_topk,
+        ),
         combined=combined,
+        piece_bytes=ring.piece_bytes,
+        stage_bytes=ring.stage_bytes,
     )

@@ -237,19 +237,22 @@ def _find_routes(call: Call) -> DispatchResult:
     num_topk, local_experts = routing.topk_idx.shape[1], routing.num_experts // num_ranks
     with order.running():
         topk_idx = routing.topk_idx.contiguous()
-        kept_idx = topk_idx.clone() if request.copy_topk_idx and topk_idx is routing.topk_idx else topk_idx
+        copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
+        kept_idx = torch.empty_like(topk_idx) if copies_idx else topk_idx
         # Slots and positions: as this rank sent them, then as it keeps them.
         places = topk_idx.new_empty((4, *topk_idx.shape), dtype=torch.int32)
     call.route(topk_idx)
     slots, positions, kept_slots, kept_positions = map(pointer, places.unbind())
     args.sent, args.kept = Places(slots, positions), Places(kept_slots, kept_positions)
+    args.kept_idx = pointer(kept_idx) if copies_idx else None
+    made_by_kernel = [places, kept_idx] if copies_idx else [places]
 
     sizes = Sizes.worst(routing.max_tokens, num_ranks, num_topk, local_experts, routing.alignment)
     aligned_counts: list[int] = []
     with endpoint.breaking_on_error("dispatch"):
         if request.exact_sizes:
             args.host_words = endpoint.expect_counts()
-            call.launch(Half.SEND, [topk_idx], [places])
+            call.launch(Half.SEND, [topk_idx], made_by_kernel)
             tokens, counts = endpoint.wait_for_counts(local_experts)
             aligned_counts = [layout.align(count, routing.alignment) for count in counts]
             sizes = Sizes(tokens, sum(aligned_counts))
@@ -260,7 +263,7 @@ def _find_routes(call: Call) -> DispatchResult:
         args.counts = routes.argument()
         order.wait_for(request.timing.previous_event_before_epilogue)
         half = Half.RECEIVE if request.exact_sizes else Half.BOTH
-        call.launch(half, [topk_idx], [places, *outputs.tensors, *routes.tensors])
+        call.launch(half, [topk_idx], [*made_by_kernel, *outputs.tensors, *routes.tensors])
     event = call.end([routing.topk_idx], [topk_idx, kept_idx, places, *outputs.tensors, *routes.tensors])
 
     handle = EPHandle(

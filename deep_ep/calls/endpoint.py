@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deep_ep import environment, layout, plan, validate
+from deep_ep import environment, installation, layout, plan, validate
 from deep_ep.errors import EPError, EPTimeoutError
-from deep_ep.event import CallOrder, Timing
+from deep_ep.event import CallOrder, LastCall, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.jit import Kernel
-from deep_ep.machine import Machine, open_machine
+from deep_ep.machine import Machine, open_machine, raise_together
 from deep_ep.ops import all_kernels
 from deep_ep.ops.arguments import FaultRecord, Patience, Window
 from deep_ep.ops.faults import check_fault
@@ -28,6 +28,7 @@ logger = logging.getLogger("deep_ep")
 
 ABANDONED: list[Endpoint] = []  # whose memory is kept to the process's end
 HOST_COUNTS = 2  # host words before the experts' counts: ready, rows
+EAGER_SECONDS, LAZY_SECONDS = 0.01, 0.0002  # how long the host looks all the time, and how often after that
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -52,6 +53,7 @@ class Endpoint:
     """
 
     def __init__(self, group: dist.ProcessGroup, num_bytes: int, cpu_timeout: float, gpu_timeout: float) -> None:
+        installation.check()
         self.environment = environment.read()
         self.rank, self.num_ranks = group.rank(), group.size()
         self.group_ranks = tuple(dist.get_process_group_ranks(group))
@@ -60,23 +62,40 @@ class Endpoint:
         self.layout = layout.window_layout(self.num_ranks, num_bytes)
         self._cpu_timeout = cpu_timeout
         self._broken: str | None = None
-        self._last_stream: torch.cuda.Stream | None = None
+        self._last_call = LastCall()
         self.closed = False
 
         self.machine: Machine = open_machine(group, self.environment)
         try:
-            self.roles = plan.ROLES[self.machine.name]
-            self.machine.prepare(all_kernels(self.machine.name))
+            self._prepare_together()
             self.window = self.machine.allocate_window(num_bytes)
-            self._fault = self.machine.host_words(ctypes.sizeof(FaultRecord) // 4)
-            self._counts = self.machine.host_words(HOST_COUNTS + layout.MAX_EXPERTS // self.num_ranks)
         except Exception:
             self.machine.close()
             raise
         self.device = self.machine.device
+        self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
         self.shared_limit = self.machine.shared_bytes_per_block
         self.window_argument = Window.of(self.layout, self.rank, self.window.addresses)
         self.patience_argument = Patience(self._fault.address, int(gpu_timeout * 1e9))
+
+    def _prepare_together(self) -> None:
+        """Compile, load and allocate what takes no peer, before the first step that does: no rank compiles while others
+        wait, and what fails on one rank is told to all."""
+        error = None
+        try:
+            self.roles = plan.ROLES[self.machine.name]
+            self.machine.prepare(all_kernels(self.machine.name))
+            self._fault = self.machine.host_words(ctypes.sizeof(FaultRecord) // 4)
+            self._counts = self.machine.host_words(HOST_COUNTS + layout.MAX_EXPERTS // self.num_ranks)
+        except Exception as caught:
+            error = caught
+        raise_together(error, self.machine.all_gather_object)
+
+    def named(self, what: str) -> contextlib.AbstractContextManager[Any]:
+        """An NVTX range with a name, for profilers; nothing unless EP_USE_NVIDIA_TOOLS asks for it."""
+        if not self.environment.use_nvidia_tools or not torch.cuda.is_available():
+            return contextlib.nullcontext()
+        return torch.cuda.nvtx.range(f"deep_ep {what}")
 
     # Its life
 
@@ -90,16 +109,24 @@ class Endpoint:
             raise EPError(f"this buffer must be rebuilt on every rank: {self._broken}")
         return self
 
-    def barrier(self, stream: torch.cuda.Stream | None) -> None:
-        """Return when every rank's ``stream`` is idle. Collective.
+    def barrier(self, on_comm_stream: bool, host_waits: bool) -> None:
+        """No rank's current stream goes on before every rank's has come here, and what the buffer launched is done.
+        Collective.
+
+        Args:
+            on_comm_stream: the current stream waits for the communication stream, where the meeting takes place.
+            host_waits: return when it is over.
 
         Raises:
-            EPTimeoutError: a call before this one has failed; every rank has passed the barrier.
+            EPTimeoutError: a call before this one is known to have failed; every rank passes the barrier nonetheless.
         """
-        self.refuse_capture("barrier() waits on the host, which a CUDA graph capture does not allow")
-        if stream is not None:
-            stream.synchronize()
-        self.machine.barrier()
+        if host_waits:
+            self.refuse_capture("with_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
+        order = self.order(Timing(None, None, asynchronous=on_comm_stream, allocate_on_comm_stream=False))
+        self.machine.barrier(order.stream)
+        order.end((), ()).current_stream_wait()
+        if host_waits and order.stream is not None:
+            order.stream.synchronize()
         self._check_fault()
 
     def destroy(self) -> None:
@@ -117,7 +144,7 @@ class Endpoint:
             if self.machine.comm_stream is not None:
                 torch.cuda.synchronize(self.device)
             if dist.is_initialized():
-                self.machine.barrier()
+                self.machine.meet()
         except Exception as error:
             logger.warning("rank %d: the ranks did not meet before their memory was given back: %s", self.rank, error)
         finally:
@@ -129,9 +156,10 @@ class Endpoint:
 
     def release(self) -> None:
         """Give the memory back without a word to the peers; while a CUDA graph is being captured, keep it for good."""
-        if self._is_capturing():
-            self.keep_for_good()
-            return
+        with contextlib.suppress(Exception):  # at the process's end nobody may be left to ask
+            if self.machine.current_capture():
+                self.keep_for_good()
+                return
         self.closed = True
         with contextlib.suppress(Exception):
             self.window.close()
@@ -141,12 +169,9 @@ class Endpoint:
         """Never give the memory back: nobody can say whether peers still write to it."""
         ABANDONED.append(self)
 
-    def _is_capturing(self) -> bool:
-        return self.machine.name == "cuda" and torch.cuda.is_current_stream_capturing()
-
     def refuse_capture(self, message: str) -> None:
         """Raise ValueError with ``message`` inside a CUDA graph capture."""
-        if self._is_capturing():
+        if self.machine.current_capture():
             raise ValueError(message)
 
     @contextlib.contextmanager
@@ -181,39 +206,46 @@ class Endpoint:
             raise ValueError(f"handle lies on {handle.topk_idx.device}, this buffer's kernels run on {self.device}")
         return handle
 
-    def fitting_tokens(self, max_tokens: Any, num_tokens: int, record: layout.Record) -> int:
-        """``max_tokens``, after seeing that the call has no more and that the window holds so many of each source."""
+    def fitting_tokens(
+        self, max_tokens: Any, num_tokens: int, record: layout.Record, rows_of_token: int | None = None
+    ) -> int:
+        """``max_tokens``, after seeing that the call has no more and that the window holds so many.
+
+        Args:
+            rows_of_token: if they come in a record each, whoever sends them; else a record a token of each source.
+        """
         advice = "give it to the buffer or to the call"
-        validate.is_count("num_max_tokens_per_rank", max_tokens, 1, advice=advice)
-        if num_tokens > max_tokens:
+        most = validate.is_count("num_max_tokens_per_rank", max_tokens, 1, advice=advice)
+        if num_tokens > most:
             raise ValueError(
-                f"x has {num_tokens} tokens but num_max_tokens_per_rank is {max_tokens}; raise it on every rank or "
-                "split the call"
+                f"x has {num_tokens} tokens but num_max_tokens_per_rank is {most}; raise it on every rank or split the "
+                "call"
             )
-        if not self.layout.fits(max_tokens, record):
+        if not self.layout.fits(most, record, rows_of_token):
+            what = f"{record.row_bytes} bytes a token"
+            if rows_of_token:
+                what = f"{rows_of_token} rows of {record.row_bytes} bytes a token (allow_multiple_reduction is False)"
             raise ValueError(
-                f"num_max_tokens_per_rank {max_tokens} with {record.row_bytes} bytes a token and {self.num_ranks} "
-                f"ranks does not fit into a buffer of {self.layout.num_bytes} bytes; "
-                "ElasticBuffer.get_buffer_size_hint says how many it takes"
+                f"num_max_tokens_per_rank {most} with {what} and {self.num_ranks} ranks does not fit into a buffer of "
+                f"{self.layout.num_bytes} bytes; ElasticBuffer.get_buffer_size_hint says how many it takes"
             )
-        return int(max_tokens)
+        return most
 
     def num_sms(self, given: Any) -> int:
         """SMs of a call; 0 stands for the analytic choice."""
-        validate.is_count("num_sms", given, 0)
-        if given == 0:
-            return min(plan.theoretical_num_sms(self.num_ranks), self.machine.num_sms)
+        num_sms = validate.is_count("num_sms", given, 0)
+        if num_sms == 0:
+            return min(plan.theoretical_num_sms(self.num_ranks, self.nvlink_gbs), self.machine.num_sms)
         if self.machine.name == "cuda":
             most = min(self.machine.num_sms, layout.MAX_BLOCKS)
-            validate.is_count("num_sms", given, 1, most, "this device has no more")
-        return int(given)
+            validate.is_count("num_sms", num_sms, 1, most, "this device has no more")
+        return num_sms
 
     def order(self, timing: Timing) -> CallOrder:
         """The place of a call that starts now: after the one before it, whatever streams the two run on."""
         keep = self.environment.avoid_record_stream
         order = CallOrder(self.machine.comm_stream, timing.previous_event, timing.asynchronous, keep)
-        order.begin(self._last_stream)
-        self._last_stream = order.stream
+        order.begin(self._last_call, self.machine.current_capture())
         return order
 
     def launch(
@@ -221,7 +253,7 @@ class Endpoint:
         kernel: Kernel,
         args: Any,
         *,
-        roles: plan.Roles,
+        roles: plan.Roles | plan.CombineRoles,
         half: Half,
         num_sms: int,
         shared_bytes: int,
@@ -251,27 +283,34 @@ class Endpoint:
 
     def wait_for_counts(self, local_experts: int) -> tuple[int, list[int]]:
         """Rows that will arrive, and selections of each local expert. Gives the GIL away while it waits."""
-        words = self._counts.tensor.numpy()
-        deadline = time.monotonic() + self._cpu_timeout
+        with self.named("wait for counts"):
+            words = self._wait_for_counts()
+        return int(words[1]), words[HOST_COUNTS : HOST_COUNTS + local_experts].tolist()
+
+    def _wait_for_counts(self) -> Any:
+        words, fault = self._counts.tensor.numpy(), self._fault.tensor.numpy()
+        start = now = time.monotonic()
         while words[0] == 0:
-            self._check_fault()
-            if time.monotonic() > deadline:
+            # Through NumPy both looks cost a tenth of a microsecond; torch's own would cost more than the sleep.
+            if fault[0]:
+                self._check_fault()
+            if now - start > self._cpu_timeout:
                 self._broken = f"the counts of a dispatch did not come within {self._cpu_timeout} s"
                 raise EPTimeoutError(
                     f"rank {self.rank} waited {self._cpu_timeout} s for the counts of a dispatch; every rank must call "
                     "dispatch. Destroy this buffer on every rank and build a new one; num_cpu_timeout_secs sets the "
                     "limit"
                 )
-            time.sleep(0)
-        return int(words[1]), words[HOST_COUNTS : HOST_COUNTS + local_experts].tolist()
+            # Gives the GIL away, and Ctrl-C a chance; who has waited for long need not be the first to know.
+            time.sleep(0 if now - start < EAGER_SECONDS else LAZY_SECONDS)
+            now = time.monotonic()
+        return words
 
 
-def num_send_blocks_of_launches(roles: plan.Roles, half: Half, num_blocks: int) -> list[int]:
-    """How many of a launch's blocks send, for each launch that the work takes; the others receive."""
+def num_send_blocks_of_launches(roles: plan.Roles | plan.CombineRoles, half: Half, num_blocks: int) -> list[int]:
+    """How many of a launch's blocks send, for each launch that the work takes."""
     if half is Half.SEND:
         return [num_blocks]
     if half is Half.RECEIVE:
         return [0]
-    if num_blocks == 1:  # one block cannot do both: one launch after the other
-        return [1, 0]
-    return [roles.num_send_blocks(num_blocks)]
+    return roles.send_blocks_of_launches(num_blocks)

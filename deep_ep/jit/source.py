@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import enum
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class Kernel:
 
     Attributes:
         name: ``"dispatch"`` for the template ``deep_ep::dispatch<Config>(args)``; see also ``entry``.
-        config: a frozen dataclass of ints and bools; class and fields are named, and in the order, of the C++ struct.
+        config: a frozen dataclass of ints, bools and enums; class and fields are named, and in the order, of the C++
+            struct, and the value of an enum's member is the name of the C++ enumerator.
         args: the argument struct; its class is named as the C++ struct. Nested structs and arrays are allowed.
         num_threads: of a block.
         uses_nccl: whether the kernel includes NCCL's headers (only kernels that cross NVLink domains do).
@@ -77,13 +79,21 @@ def _config_literal(config: Any) -> str:
     items = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if not isinstance(value, int):
+        if not isinstance(value, (int, enum.Enum)):
             kind = type(value).__name__
-            raise TypeError(f"{type(config).__name__}.{field.name} must be an int or a bool, got {kind} {value!r}")
-        items.append(f".{field.name} = {str(value).lower() if isinstance(value, bool) else int(value)}")
+            raise TypeError(
+                f"{type(config).__name__}.{field.name} must be an int, a bool or an enum, got {kind} {value!r}"
+            )
+        items.append(f".{field.name} = {_literal(value)}")
     head = f"constexpr deep_ep::{type(config).__name__} kConfig{{"
     line = f"{head}{', '.join(items)}}};"
     return line if len(line) <= LINE_LENGTH else head + "".join(f"\n    {item}," for item in items) + "\n};"
+
+
+def _literal(value: int | enum.Enum) -> str:
+    if isinstance(value, enum.Enum):
+        return f"deep_ep::{type(value).__name__}::{value.value}"
+    return str(value).lower() if isinstance(value, bool) else str(int(value))
 
 
 def _fields(struct: type[ctypes.Structure], prefix: str = "", base: int = 0) -> Iterator[tuple[str, int, int]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from deep_ep.environment import Environment
-from deep_ep.errors import EPEnvironmentError
+from deep_ep.errors import EPEnvironmentError, EPError
 
 if TYPE_CHECKING:
     from deep_ep.jit import Kernel
@@ -55,6 +55,8 @@ class Machine(Protocol):
     rank: int
     num_ranks: int
     num_sms: int
+    wire_gbs: float | None
+    """GB/s of all links of this rank's GPU together, in one direction; None where nobody can tell."""
     shared_bytes_per_block: int
     """The most dynamic shared memory that a block can have."""
     comm_stream: Any
@@ -105,7 +107,18 @@ class Machine(Protocol):
             cooperative: all blocks must be resident at once (the kernel has a grid barrier).
         """
 
-    def barrier(self) -> None:
+    def current_capture(self) -> int:
+        """The number of the CUDA graph capture that this device's current stream takes part in; 0 if there is none."""
+
+    def barrier(self, stream: Any = None) -> None:
+        """Let nothing that is queued on ``stream`` from now on run before every rank's stream has come here.
+        Collective; does not block the host where launches are asynchronous.
+
+        Args:
+            stream: a torch.cuda.Stream; None is the current one.
+        """
+
+    def meet(self) -> None:
         """Return when every rank's host is here. Collective."""
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -140,6 +153,26 @@ def open_machine(group: dist.ProcessGroup, environment: Environment) -> Machine:
         f"group has the backends {backends}, and torch.cuda.is_available() is {torch.cuda.is_available()}; deep_ep "
         "needs nccl with GPUs, or gloo for simulated ranks: init_process_group('nccl') or init_process_group('gloo')"
     )
+
+
+def raise_together(
+    error: Exception | None, all_gather_object: Callable[[str | None], list[str | None]], kind: type[EPError] = EPError
+) -> None:
+    """End a step that each rank took alone: if it failed on any of them, all raise. Collective.
+
+    Without it a rank that failed would leave its peers waiting in the next collective step.
+
+    Args:
+        error: of this rank, which raises it again.
+        all_gather_object: of a machine.
+        kind: what the others raise, naming the first rank that failed.
+    """
+    texts = all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise kind(f"rank {rank} of the group cannot take part: {text}")
 
 
 def backends_of(group: object) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deep_ep import jit
 from deep_ep.environment import Environment
 from deep_ep.errors import EPEnvironmentError, EPError
-from deep_ep.machine import import_cuda_extra, nccl
+from deep_ep.machine import import_cuda_extra, links, nccl, raise_together
 
 logger = logging.getLogger("deep_ep")
 
@@ -70,17 +70,18 @@ class CudaMachine:
     name = "cuda"
 
     def __init__(self, group: dist.ProcessGroup, environment: Environment) -> None:
-        _refuse_capture("a deep_ep buffer cannot be built")
         self._group = group
         self._environment = environment
         self.rank, self.num_ranks = group.rank(), group.size()
         self.device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
+        self._refuse_capture("a deep_ep buffer cannot be built")
         problem = self._find_problem()
         nccl.meet(group, self.device)
-        self._agree(problem)
+        raise_together(problem, self.all_gather_object, EPEnvironmentError)
 
         properties = torch.cuda.get_device_properties(self.device)
         self.num_sms = properties.multi_processor_count
+        self.wire_gbs = links.wire_gbs(self.device)
         self._architecture = f"sm_{properties.major}{properties.minor}a"
         # High priority: its few blocks are what peers wait for, so they go ahead of a compute kernel's next wave.
         self.comm_stream = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
@@ -106,23 +107,21 @@ class CudaMachine:
         logger.debug("rank %d: %s, driver for CUDA %s, %s", self.rank, self.device, _cuda_text(version), library)
         return None
 
-    def _agree(self, problem: EPEnvironmentError | None) -> None:
-        problems = self.all_gather_object(None if problem is None else str(problem))
-        if problem is not None:
-            raise problem
-        for rank, text in enumerate(problems):
-            if text is not None:
-                raise EPEnvironmentError(f"rank {rank} of the group cannot take part: {text}")
-
     def allocate_window(self, num_bytes: int) -> CudaWindow:
-        _refuse_capture("a window cannot be allocated")
+        self._refuse_capture("a window cannot be allocated")
         sizes = self.all_gather_object(num_bytes)
         if len(set(sizes)) > 1:
             raise ValueError(f"num_bytes must be the same on all ranks, but by rank it is {sizes}")
         with torch.cuda.device(self.device):
-            window = CudaWindow(self._communicator, nccl.allocate(num_bytes, self.device), num_bytes)
+            memory, problem = torch.empty(0), None
+            try:
+                memory = nccl.allocate(num_bytes, self.device)
+            except Exception as error:  # out of memory, most likely
+                problem = error
+            raise_together(problem, self.all_gather_object)
+            window = CudaWindow(self._communicator, memory, num_bytes)
         self._windows.append(window)
-        self.barrier()
+        self.meet()
         return window
 
     def host_words(self, count: int) -> PinnedWords:
@@ -134,7 +133,7 @@ class CudaMachine:
                 self._loaded[kernel] = self._load(kernel)
 
     def _load(self, kernel: jit.Kernel) -> _LoadedKernel:
-        _refuse_capture(f"kernel {kernel.name} is used for the first time and cannot be loaded")
+        self._refuse_capture(f"kernel {kernel.name} is used for the first time and cannot be loaded")
         built = jit.build(kernel, jit.default_toolchain(kernel, self._architecture, self._environment))
         with torch.cuda.device(self.device):
             module = self._call("cuModuleLoadData", built.code)
@@ -198,7 +197,18 @@ class CudaMachine:
         loaded.configs[shape] = config
         return config
 
-    def barrier(self) -> None:
+    def current_capture(self) -> int:
+        with torch.cuda.device(self.device):
+            if not torch.cuda.is_current_stream_capturing():
+                return 0
+            _, number, *_ = self._call("cuStreamGetCaptureInfo", torch.cuda.current_stream().cuda_stream)
+        return int(number)
+
+    def barrier(self, stream: Any = None) -> None:
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self._group)
+
+    def meet(self) -> None:
         nccl.meet(self._group, self.device)
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -223,12 +233,17 @@ class CudaMachine:
         self._loaded.clear()
         self._windows.clear()
 
+    def _refuse_capture(self, what: str) -> None:
+        with torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing():
+                raise EPError(f"{what} inside a CUDA graph capture; do it once before the capture")
+
     def _call(self, function: str, *arguments: Any) -> Any:
-        """Call the driver; returns its value, if it has one, or raises EPError."""
+        """Call the driver; returns its value, or a list if it has several, or raises EPError."""
         status, *values = getattr(self._driver, function)(*arguments)
         if status != 0:
             raise EPError(f"{function} failed: {self._explain(status)}")
-        return values[0] if values else None
+        return values[0] if len(values) == 1 else values
 
     def _explain(self, status: Any) -> str:
         texts = [self._driver.cuGetErrorName(status)[1], self._driver.cuGetErrorString(status)[1]]
@@ -252,11 +267,6 @@ def check_device(name: str, capability: tuple[int, int]) -> None:
             f"{OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} (Hopper) or newer; use such a GPU, or "
             "simulated ranks with a gloo group"
         )
-
-
-def _refuse_capture(what: str) -> None:
-    if torch.cuda.is_current_stream_capturing():
-        raise EPError(f"{what} inside a CUDA graph capture; do it once before the capture")
 
 
 def _cuda_text(version: int) -> str:

@@ -89,6 +89,7 @@ class SimulatedMachine:
     name = "simulated"
     device = torch.device("cpu")
     num_sms = NUM_SMS
+    wire_gbs: float | None = None
     shared_bytes_per_block = SHARED_BYTES_PER_BLOCK
     comm_stream = None
 
@@ -213,7 +214,13 @@ class SimulatedMachine:
             guest.leave()
         return written
 
-    def barrier(self) -> None:
+    def current_capture(self) -> int:
+        return 0
+
+    def barrier(self, stream: Any = None) -> None:
+        self.meet()
+
+    def meet(self) -> None:
         with self._together("barrier"):
             dist.barrier(self._group)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deep_ep.jit import Kernel
-from deep_ep.ops.combine import combine_kernel
+from deep_ep.ops.combine import Return, combine_kernel
 from deep_ep.ops.dispatch import dispatch_kernel
 from deep_ep.plan import ROLES
 
@@ -11,4 +11,4 @@ from deep_ep.plan import ROLES
 def all_kernels(machine: str = "cuda") -> list[Kernel]:
     """Every kernel that a buffer may launch on a kind of machine ("cuda" or "simulated"): what to compile ahead."""
     roles = ROLES[machine]
-    return [dispatch_kernel(roles.dispatch), combine_kernel(roles.combine)]
+    return [dispatch_kernel(roles.dispatch), *(combine_kernel(roles, returned) for returned in Return)]

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import astuple, dataclass
+import enum
+from dataclasses import dataclass
 
 from deep_ep.jit import Kernel
-from deep_ep.ops.arguments import LAUNCH_FIELDS, Patience, RecordShape, Routing, Rows, Window
-from deep_ep.plan import Roles
+from deep_ep.ops.arguments import Patience, RecordShape, Routing, Rows, Window
+from deep_ep.plan import CombineRoles, RolesOfMachine
+
+
+class Return(enum.Enum):
+    """What of a token comes home from a rank that it went to."""
+
+    ROW = "kRow"  # plain layout: the rank's row
+    SUM = "kSum"  # expanded layout: the sum of the rank's rows, rounded
+    EVERY_ROW = "kEveryRow"  # expanded layout: each of them, in a record of its own
 
 
 @dataclass(frozen=True)
@@ -15,13 +24,23 @@ class CombineConfig:
     num_send_warps: int
     num_send_stages: int
     num_send_storing: int
-    num_receive_warps: int
-    num_receive_stages: int
-    num_receive_storing: int
+    num_warps: int
+    returned: Return
 
 
 class RowsByOwner(ctypes.Structure):
     _fields_ = [("per_rank", ctypes.c_void_p)]
+
+
+class Results(ctypes.Structure):
+    _fields_ = [
+        ("rows", Rows),
+        ("weights", ctypes.c_void_p),
+        ("metadata", ctypes.c_void_p),
+        ("by_owner", RowsByOwner),
+        ("record", RecordShape),
+        ("num_topk", ctypes.c_int32),
+    ]
 
 
 class Combined(ctypes.Structure):
@@ -39,17 +58,23 @@ class CombineArgs(ctypes.Structure):
         ("window", Window),
         ("patience", Patience),
         ("routing", Routing),
-        ("record", RecordShape),
-        ("rows", Rows),
-        ("weights", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
-        ("by_owner", RowsByOwner),
+        ("results", Results),
         ("combined", Combined),
-        *LAUNCH_FIELDS,
+        ("num_send_blocks", ctypes.c_int32),
+        ("piece_bytes", ctypes.c_int32),
+        ("stage_bytes", ctypes.c_int32),
     ]
 
 
-def combine_kernel(roles: Roles) -> Kernel:
-    """One kernel for all sizes; a launch's ``num_send_blocks`` says what it does."""
-    config = CombineConfig(*astuple(roles.send), *astuple(roles.receive))
-    return Kernel("combine", config, CombineArgs, roles.num_threads)
+def combine_kernel(roles: RolesOfMachine, returned: Return) -> Kernel:
+    """One kernel for all sizes; a launch's ``num_send_blocks`` says in how many blocks warps send."""
+    division = combine_roles(roles, returned)
+    send = division.send
+    config = CombineConfig(send.num_warps, send.num_stages, send.num_storing, division.num_warps, returned)
+    return Kernel("combine", config, CombineArgs, division.num_threads)
+
+
+def combine_roles(roles: RolesOfMachine, returned: Return) -> CombineRoles:
+    """Who adds before it sends needs other roles than who only copies."""
+    return roles.combine_sums if returned is Return.SUM else roles.combine

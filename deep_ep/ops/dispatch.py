@@ -96,6 +96,7 @@ class DispatchArgs(ctypes.Structure):
         ("received", Received),
         ("counts", Counts),
         ("stats", ctypes.c_void_p),
+        ("kept_idx", ctypes.c_void_p),
         ("host_words", ctypes.c_void_p),
         ("places_from", ctypes.c_int32),
         ("alignment", ctypes.c_int32),

@@ -231,11 +231,6 @@ def wrong_handles(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -
     yield t.again(ValueError, f"handle.num_expanded_tokens must be {worst.num_expanded_tokens}", handle=edited_worst)
 
 
-def not_there_yet(t: Table) -> Iterator[Mistake]:
-    """What this version refuses rather than ignores."""
-    yield Mistake(functools.partial(combine_expanded, t), "handle.do_expand", NotImplementedError, "do_expand")
-
-
 def wrong_combines(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -> Iterator[Mistake]:
     """Every argument of combine."""
     x, weights, rows = t.recv_x, t.recv_weights, t.rows
@@ -268,6 +263,34 @@ def wrong_combines(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) 
     yield t.combining(ValueError, f"bias must be on {t.device}", bias=bias.to("meta"))
     yield t.combining(ValueError, "num_sms must be at least 0, but it is -3", num_sms=-3)
     yield t.combining(TypeError, "num_sms must be an int, but it is a float", num_sms=2.5)
+
+
+def wrong_expanded_combines(t: Table) -> Iterator[Mistake]:
+    """What combine takes if the handle says so."""
+    handle = t.dispatch(expert_alignment=4)[3]
+    handle.do_expand = True
+    rows = handle.num_expanded_tokens
+    x, weights = t.bf16(rows, HIDDEN), torch.zeros(rows, device=t.device)
+
+    def combining(text: str, kind: type[Exception] = ValueError, **changes: Any) -> Mistake:
+        return t.combining(kind, text, **{"handle": handle, "x": x, "topk_weights": weights, **changes})
+
+    yield combining(f"x has {t.rows} rows but the handle's expanded layout has {rows}; pass it whole", x=t.recv_x)
+    yield combining(f"x has {rows - 1} rows but the handle's expanded layout has {rows}", x=x[:-1])
+    yield combining("topk_weights must be [X], but its shape is [", topk_weights=t.recv_weights)
+    yield combining(f"topk_weights must be [{rows}], one weight a row of the expanded", topk_weights=weights[1:])
+    yield combining("topk_weights must be torch.float32", TypeError, topk_weights=weights.half())
+    yield combining(f"topk_weights must be on {t.device}", topk_weights=weights.to("meta"))
+
+    def one_by_one() -> None:
+        t.buffer.allow_multiple_reduction = False
+        try:
+            t.combine(handle=handle, x=t.bf16(rows, 1 << 16), topk_weights=None)
+        finally:
+            t.buffer.allow_multiple_reduction = True
+
+    text = "num_max_tokens_per_rank 32 with 3 rows of 131072 bytes a token (allow_multiple_reduction is False) and 2"
+    yield Mistake(one_by_one, "a combine row by row", ValueError, text)
 
 
 def wrong_buffers(t: Table) -> Iterator[Mistake]:
@@ -318,14 +341,6 @@ def many(t: Table, tokens: int) -> dict[str, Any]:
     return {"x": t.bf16(tokens, HIDDEN), "topk_idx": idx, "topk_weights": None}
 
 
-def combine_expanded(t: Table) -> None:
-    t.handle.do_expand = True
-    try:
-        t.combine()
-    finally:
-        t.handle.do_expand = False
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--machine", choices=ranks.MACHINES, default="simulated")
@@ -346,8 +361,8 @@ def main() -> int:
         *wrong_routing(table),
         *wrong_sizes(table),
         *wrong_handles(table, of_one_rank, larger),
-        *not_there_yet(table),
         *wrong_combines(table, of_one_rank, larger),
+        *wrong_expanded_combines(table),
         *wrong_buffers(table),
         *wrong_afterlife(table, destroyed),
     ]

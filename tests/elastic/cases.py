@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 import deep_ep
 from tests import oracle
-from tests.elastic.dispatches import Dispatch, Options, check_handle, same
+from tests.elastic import combines
+from tests.elastic.combines import Combine
+from tests.elastic.dispatches import Dispatch, Options, check_handle
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Case:
     spare_tokens: int
     options: Options | None = None  # of the dispatch; None: a plain one of bfloat16 rows
     again: tuple[Options, ...] = ()  # of dispatches with the first one's handle, before the combine
+    combining: combines.Options = combines.PLAIN
 
     @property
     def first(self) -> Options:
@@ -62,7 +65,7 @@ class Case:
             Options.draw(r, 8 * r.randint(1, 64), with_weights=r.random() < 0.5, longest=longest)
             for _ in range(r.choice([0, 0, 1, 1, 2]))
         ]
-        return replace(case, options=first, again=tuple(again))
+        return replace(case, options=first, again=tuple(again), combining=combines.Options.draw(r))
 
 
 class Trip:
@@ -111,8 +114,18 @@ class Trip:
             self._dispatch_again(each, idx, buffer, device, expanded if each.do_expand else allocated)
             for idx, each in enumerate(case.again)
         ]
-        handle.do_expand = False  # combine takes plain rows here, whatever dispatch returned
-        self._combine(buffer, device, allocated)
+        self.combine = Combine(
+            case.combining,
+            case.seed,
+            self.dispatch.handle,
+            self.inputs,
+            self.expected,
+            buffer,
+            device,
+            case.hidden,
+            with_weights=case.with_weights,
+            num_biases=case.num_biases,
+        )
 
     def _dispatch_again(
         self, options: Options, idx: int, buffer: deep_ep.ElasticBuffer, device: torch.device, allocated: int
@@ -135,28 +148,6 @@ class Trip:
         assert handle.do_expand == options.do_expand
         return dispatch
 
-    def _combine(self, buffer: deep_ep.ElasticBuffer, device: torch.device, allocated: int) -> None:
-        case, chance = self.case, torch.Generator().manual_seed(self.case.seed)
-        counts = [len(expected.tokens) for expected in self.expected]
-        self.outputs = [torch.randn(count, case.hidden, generator=chance).bfloat16() for count in counts]
-        self.out_weights = [torch.rand(count, case.num_topk, generator=chance) for count in counts]
-        self.biases = [
-            [torch.randn(tokens, case.hidden, generator=chance).bfloat16() for _ in range(case.num_biases)]
-            for tokens in case.tokens
-        ][self.rank]
-        rows = counts[self.rank]
-        padded_x = torch.zeros(allocated, case.hidden, dtype=torch.bfloat16, device=device)
-        padded_x[:rows] = self.outputs[self.rank].to(device)
-        padded_weights = torch.zeros(allocated, case.num_topk, device=device)
-        padded_weights[:rows] = self.out_weights[self.rank].to(device)
-        given = [bias.to(device) for bias in self.biases]
-        self.combined, self.combined_weights, _ = buffer.combine(
-            padded_x,
-            self.dispatch.handle,
-            topk_weights=padded_weights if case.with_weights else None,
-            bias=given if len(given) == 2 else given[0] if given else None,
-        )
-
     def check(self) -> None:
         """Everything that the calls returned, bit for bit; the kernels have run. Raises AssertionError, naming what
         differs."""
@@ -165,15 +156,7 @@ class Trip:
             dispatch.check()
         mine, last = self.expected[self.rank], (case.first, *case.again)[-1]
         check_handle(self.dispatch.handle, mine, last.do_expand, exact_sizes=case.do_cpu_sync)
-        sums, gathered = oracle.combine(
-            self.inputs, self.outputs, self.out_weights, self.expected, self.rank, case.num_experts, self.biases
-        )
-        same("combined_x", self.combined, sums)
-        if case.with_weights:
-            assert self.combined_weights is not None
-            same("combined_topk_weights", self.combined_weights, gathered)
-        else:
-            assert self.combined_weights is None
+        self.combine.check()
 
 
 def run(case: Case, buffer: deep_ep.ElasticBuffer, device: torch.device) -> None:

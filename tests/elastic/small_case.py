@@ -8,12 +8,13 @@ Uses GPUs if there are any, else simulated ranks. Ends with 0 if every result is
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 import deep_ep
-from tests.elastic import cases, ranks
+from tests.elastic import cases, combines, ranks
 
 SMALL = cases.Case(
     seed=1,
@@ -49,8 +50,12 @@ def main() -> int:
     group, device = ranks.join("cuda" if torch.cuda.is_available() else "simulated")
     if group.size() != len(SMALL.tokens):
         raise SystemExit(f"this runs on {len(SMALL.tokens)} ranks, not on {group.size()}")
-    buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=16, hidden=136, num_topk=4)
-    for case in (SMALL, ANOTHER, SMALL):
+    buffer = deep_ep.ElasticBuffer(
+        group, num_max_tokens_per_rank=16, hidden=136, num_topk=4, allow_multiple_reduction=False
+    )
+    sums = replace(SMALL, combining=combines.Options(expanded=True))
+    every_row = replace(SMALL, combining=combines.Options(expanded=True, multiple_reduction=False))
+    for case in (SMALL, ANOTHER, sums, every_row, SMALL):
         error: BaseException | None = None
         try:
             cases.run(case, buffer, device)

@@ -15,9 +15,9 @@ EXAMPLE = ROOT / "examples" / "moe_layer.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def run(*command: str, gpus: str = "") -> subprocess.CompletedProcess[str]:
+def run(*command: str, gpus: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """Run python on simulated ranks (no GPU is visible unless named)."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONPATH": str(ROOT), **variables}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -50,6 +50,11 @@ def test_under_torchrun_with_another_file(tmp_path: Path) -> None:
     check(done, num_ranks=2, num_tokens=259, machine="simulated machine")
 
 
+def test_indices_of_32_bits() -> None:
+    done = run(str(EXAMPLE), "--ranks", "2", "--max-tokens", "64", "--hidden", "64", EP_NUM_TOPK_IDX_BITS="32")
+    check(done, num_ranks=2, num_tokens=64, machine="simulated machine")
+
+
 def test_more_ranks_than_tokens(tmp_path: Path) -> None:
     file = tmp_path / "short"
     file.write_bytes(b"hi")
@@ -58,6 +63,9 @@ def test_more_ranks_than_tokens(tmp_path: Path) -> None:
 
 def test_says_what_is_wrong(tmp_path: Path) -> None:
     for options, message in (
+        (["--ranks", "0"], "--ranks must be at least 1, but it is 0"),
+        (["--max-tokens", "-5"], "--max-tokens must be at least 1, but it is -5"),
+        (["--hidden", "60"], "--hidden 60 is not a multiple of 8"),
         (["--ranks", "3"], "--experts 16 is not a multiple of the 3 ranks"),
         (["--topk", "17"], "--topk 17 is not between 1 and the 16 experts"),
         (["--file", str(tmp_path / "none")], "is not a file with something in it"),

@@ -35,10 +35,20 @@ def test_ways_of_use() -> None:
 
 
 @pytest.mark.gpu
-def test_ways_of_use_on_gpus() -> None:
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "EP_AVOID_RECORD_STREAM": "1"},
+        {"EP_REUSE_NCCL_COMM": "0", "EP_USE_NVIDIA_TOOLS": "1"},
+    ],
+    ids=lambda variables: " ".join(variables) or "plain",
+)
+def test_ways_of_use_on_gpus(variables: dict[str, str]) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
-    torchrun(2, "tests.elastic.ways", "--machine", "cuda", CUDA_VISIBLE_DEVICES="0,1").check()
+    torchrun(2, "tests.elastic.ways", "--machine", "cuda", CUDA_VISIBLE_DEVICES="0,1", **variables).check()
 
 
 @pytest.mark.gpu

@@ -6,8 +6,10 @@ torchrun --nproc-per-node 3 -m tests.elastic.ways [--machine cuda]
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +18,14 @@ import torch.distributed as dist
 import deep_ep
 from deep_ep import ElasticBuffer, EPHandle
 from deep_ep.utils import per_token_cast_back, per_token_cast_to_fp8
-from tests.elastic import cases, ranks
+from tests.elastic import cases, dispatches, ranks
 from tests.elastic.dispatches import Options
 
 TOKENS, HIDDEN, MOST = 7, 80, 16
 
 
 def build(group: dist.ProcessGroup) -> ElasticBuffer:
-    return ElasticBuffer(group, num_max_tokens_per_rank=MOST, hidden=1024)
+    return ElasticBuffer(group, num_max_tokens_per_rank=MOST, hidden=1024, allow_multiple_reduction=False)
 
 
 def draw(seed: int, group: dist.ProcessGroup) -> cases.Case:
@@ -48,7 +50,7 @@ def a_subgroup(group: dist.ProcessGroup, device: torch.device) -> None:
 
 def a_given_size(group: dist.ProcessGroup, device: torch.device) -> None:
     """num_bytes wins over the settings, and stands alone where calls name their tokens themselves."""
-    num_bytes = ElasticBuffer.get_buffer_size_hint(group, 2 * MOST, 1024)
+    num_bytes = ElasticBuffer.get_buffer_size_hint(group, 2 * MOST, 1024, allow_multiple_reduction=False)
     for settings in ({"num_max_tokens_per_rank": 1, "hidden": 8}, {}):
         buffer = ElasticBuffer(group, num_bytes=num_bytes, **settings)
         assert buffer.num_bytes == num_bytes
@@ -67,6 +69,53 @@ def two_buffers_in_turn(group: dist.ProcessGroup, device: torch.device) -> None:
     first.destroy()
     cases.run(draw(32, group), second, device)
     second.destroy()
+
+
+def groups_side_by_side(group: dist.ProcessGroup, device: torch.device) -> None:
+    """A rank is in two groups, and uses its buffers of both in turn, one of them with a call under way."""
+    size, rank = group.size(), group.rank()
+    # Neighbours: every group of two overlaps the next one, and all ranks make all groups, in the same order.
+    pairs = [dist.new_group([first, first + 1]) for first in range(size - 1)]
+    mine = [(first, pair) for first, pair in enumerate(pairs) if rank in (first, first + 1)]
+    buffers = [(first, pair, build(pair)) for first, pair in mine]
+    for round_idx in range(2):
+        for first, pair, buffer in buffers:
+            assert (buffer.rank_idx, buffer.num_ranks) == (rank - first, 2)
+            cases.run(draw(60 + 2 * first + round_idx, pair), buffer, device)
+    everybody = build(group)
+    recv_x, _, _, handle, event = dispatch(everybody, device, async_with_compute_stream=True)
+    for first, pair, buffer in buffers:
+        cases.run(draw(70 + first, pair), buffer, device)
+    event.current_stream_wait()
+    same(everybody.combine(recv_x, handle)[0], everybody.combine(recv_x, handle)[0])
+    for buffer in [everybody, *(buffer for _, _, buffer in buffers)]:
+        buffer.destroy()
+
+
+def one_buffer_for_all_sizes(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Hidden size, selections and experts change from call to call, up and down."""
+    buffer = build(group)
+    for hidden, num_topk, local_experts in ((1024, 8, 32), (8, 1, 1), (256, 32, 40), (1024, 2, 2), (64, 5, 3)):
+        changes = {"hidden": hidden, "num_topk": num_topk, "num_experts": local_experts * group.size()}
+        cases.run(replace(draw(80, group), **changes), buffer, device)
+    buffer.destroy()
+
+
+def a_group_that_goes_first(group: dist.ProcessGroup, device: torch.device) -> None:
+    """destroy_process_group() comes before the buffer goes, by destroy() or by itself."""
+    for explicitly in (True, False):
+        subgroup = dist.new_group(list(range(group.size())))
+        buffer = build(subgroup)
+        cases.run(draw(90, subgroup), buffer, device)
+        dist.barrier()
+        dist.destroy_process_group(subgroup)
+        if explicitly:
+            buffer.destroy()
+        del buffer
+        gc.collect()
+    after = build(group)
+    cases.run(draw(91, group), after, device)
+    after.destroy()
 
 
 def a_buffer_that_is_dropped(group: dist.ProcessGroup, device: torch.device) -> None:
@@ -116,8 +165,9 @@ def beside_the_compute_stream(group: dist.ProcessGroup, device: torch.device) ->
             assert event.event is None
             same(combined, expected[0])
             same(weights, expected[1])
-    buffer.barrier()
-    buffer.barrier(use_comm_stream=False)
+    for use_comm_stream in (True, False):
+        for with_cpu_sync in (False, True):
+            buffer.barrier(use_comm_stream, with_cpu_sync)
     buffer.destroy()
 
 
@@ -227,13 +277,16 @@ def with_gaps(x: torch.Tensor) -> torch.Tensor:
 def same(got: torch.Tensor | None, expected: torch.Tensor | None) -> None:
     assert got is not None
     assert expected is not None
-    cases.same("the result", got, expected.cpu())
+    dispatches.same("the result", got, expected.cpu())
 
 
 WAYS: tuple[Callable[[dist.ProcessGroup, torch.device], None], ...] = (
     a_subgroup,
     a_given_size,
     two_buffers_in_turn,
+    groups_side_by_side,
+    one_buffer_for_all_sizes,
+    a_group_that_goes_first,
     a_buffer_that_is_dropped,
     rows_with_gaps,
     beside_the_compute_stream,

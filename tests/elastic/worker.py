@@ -28,6 +28,7 @@ def main() -> int:
         group,
         num_max_tokens_per_rank=arguments.largest + 8,
         hidden=arguments.longest,
+        allow_multiple_reduction=False,
         num_gpu_timeout_secs=10,
         num_cpu_timeout_secs=20,
     )

@@ -23,12 +23,13 @@ import torch
 from deep_ep import jit
 from deep_ep.jit.toolchain import INCLUDE_DIR
 from deep_ep.machine.world import SimulationError, World
-from tests.elastic import cases
+from tests.elastic import cases, combines
 from tests.elastic.dispatches import Options
 from tests.sim import swarm
 
 MAX_SEEDS = 40
 NUM_RANKS = 2
+TWO_SENDERS = 5  # SMs: with the simulated roles, two of them send
 MANY_TOKENS = 24  # a warp announces a batch while later pieces are under way
 
 
@@ -40,6 +41,8 @@ class Bug:
         noticed_by: a text that the error must hold; which tool is to see it is part of what we know about a bug.
         times: how often the old text stands there.
         num_tokens: that a rank sends at least; what shows late needs many.
+        num_sms: of every call, at most.
+        combining: the layout in which it shows.
     """
 
     name: str
@@ -49,8 +52,12 @@ class Bug:
     noticed_by: str
     times: int = 1
     num_tokens: int = 3
+    num_sms: int = 3
+    combining: combines.Options = combines.PLAIN
 
 
+SUMS = combines.Options(expanded=True, multiple_reduction=True)
+EVERY_ROW = combines.Options(expanded=True, multiple_reduction=False)
 RACE, DEADLOCK = "data race", "deadlock"
 FENCE_SHARED = "    device::fence_async_proxy_shared();\n"
 FENCE_GLOBAL = "    device::fence_async_proxy_global();\n"
@@ -59,19 +66,11 @@ SYNC_WARP = "    device::sync_warp();\n"
 BUGS = (
     # The copy engine does not see what threads did to a stage: one for each place where it must.
     Bug("scatter-without-fence", "phases/scatter.cuh", FENCE_SHARED, "", RACE),
-    Bug("push-without-fence", "phases/push_rows.cuh", FENCE_SHARED, "", RACE),
-    Bug("copy-out-without-fence", "phases/copy_out.cuh", FENCE_SHARED, "", RACE),
-    Bug(
-        "reduce-stores-without-fence",
-        "phases/reduce.cuh",
-        f"add_parts<1>(stage.data + at, parts, piece_bytes);\n{FENCE_SHARED}",
-        "add_parts<1>(stage.data + at, parts, piece_bytes);\n",
-        RACE,
-    ),
+    Bug("push-without-fence", "phases/push_rows.cuh", "if (row_ends || kReturn == Return::kSum)", "if (false)", RACE),
+    Bug("landed-without-fence", "phases/land.cuh", "device::fence_async_proxy_shared();  // the tail", "//", RACE),
     # Nor what was acquired from a peer.
     Bug("arrivals-without-fence", "phases/copy_out.cuh", FENCE_GLOBAL, "", RACE),
-    Bug("parts-without-fence", "phases/reduce.cuh", FENCE_GLOBAL, "", RACE),
-    Bug("admit-without-fence", "phases/admit.cuh", "device::fence_async_proxy_global();", "", RACE),
+    Bug("admit-without-fence", "phases/admit.cuh", "  device::fence_async_proxy_global();", "", RACE),
     # Announcements.
     Bug(
         "announce-before-stores-are-complete",
@@ -92,6 +91,19 @@ BUGS = (
         "arrived(window_, rank, window_.rank, closed_slot_ + 1)",
         DEADLOCK,
     ),
+    # Rows of the expanded layout.
+    Bug("sum-without-fence", "phases/push_rows.cuh", "if (row_ends || kReturn == Return::kSum)",
+        "if (row_ends && kReturn != Return::kSum)", RACE, combining=SUMS),
+    Bug("sum-without-sync", "phases/push_rows.cuh", SYNC_WARP, "", RACE, times=2, combining=SUMS),
+    Bug("sum-of-own-rows-unrounded", "phases/reduce.cuh", "kReturn == Return::kSum ? device::ballot(own) : 0", "0u",
+        "differs", combining=SUMS),
+    Bug("own-sum-first", "phases/reduce.cuh", "parts.lanes & (part - 1)", "parts.lanes & (part - 1) & -(part == 0)",
+        "differs", combining=SUMS),
+    Bug("announce-the-first-row", "phases/push_rows.cuh", ".last = last}", ".last = row_ends}", RACE,
+        combining=EVERY_ROW),
+    Bug("row-of-the-next-selection", "phases/push_rows.cuh", "parcel.place + k", "parcel.place + k + 1", "",
+        combining=EVERY_ROW),
+    Bug("rows-relaxed", "phases/reduce.cuh", "load_acquire_sys", "load_relaxed_sys", RACE, combining=EVERY_ROW),
     # The ring.
     Bug("ring-without-mbarrier-wait", "phases/ring.cuh", "device::mbarrier_wait(", "static_cast<void>(", ""),
     Bug("ring-waits-for-one-parity", "phases/ring.cuh", "drained / kStages & 1", "0", ""),
@@ -100,15 +112,19 @@ BUGS = (
     # Synchronisation of warps and blocks.
     Bug("scatter-without-sync", "phases/scatter.cuh", SYNC_WARP, "", RACE, times=2),
     Bug("push-without-sync", "phases/push_rows.cuh", SYNC_WARP, "", RACE, times=2),
-    Bug("reduce-without-sync", "phases/reduce.cuh", f"{FENCE_SHARED}{SYNC_WARP}", FENCE_SHARED, RACE),
+    Bug("reduce-without-sync", "phases/reduce.cuh", "device::sync_warp();  // one lane has acquired for all", "", RACE),
     Bug("ring-without-sync", "phases/ring.cuh", SYNC_WARP, "", RACE, times=3),
     Bug("place-without-sync", "phases/place.cuh", SYNC_WARP, "", RACE, times=4),
     Bug("dispatch-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n", "", RACE, times=7),
     Bug("recall-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n\n  if (receiver",
         "  if (receiver", RACE),
     Bug("collect-without-sync", "phases/collect.cuh", "  device::sync_block();\n\n", "", RACE),
+    Bug("settled-relaxed", "phases/place.cuh", "store_release_gpu", "store_relaxed_gpu", RACE,
+        num_sms=TWO_SENDERS),
+    Bug("await-settled-relaxed", "phases/place.cuh", "load_acquire_gpu", "load_relaxed_gpu", RACE,
+        num_sms=TWO_SENDERS),
     # Places.
-    Bug("stage-at-the-next-slot", "phases/push_rows.cuh", "{.row = slot,", "{.row = slot + 1,", ""),
+    Bug("stage-at-the-next-slot", "phases/push_rows.cuh", ".row = parcel.slot,", ".row = parcel.slot + 1,", ""),
     Bug(
         "next-row", "phases/copy_out.cuh", "row = tables.row_base[source] + item.slot;",
         "row = tables.row_base[source] + item.slot + 1;", "",
@@ -119,11 +135,14 @@ BUGS = (
         "before + device::popcount(same & device::lanes_below()) + 1", ""),
     # From one operation to the next.
     Bug("enter-unadmitted", "phases/admit.cuh", "seen == epoch ? epoch - 1 : seen;", "epoch - 1 + 0 * seen;", RACE),
+    Bug("combine-unadmitted", "kernels/combine.cuh", "if (!admit_warp(a.window, epoch, a.patience)) return;", "", RACE),
     Bug("admit-relaxed", "phases/admit.cuh", "load_acquire_sys", "load_relaxed_sys", RACE),
     Bug("drained-relaxed", "phases/retire.cuh", "store_release_sys", "store_relaxed_sys", RACE),
     Bug("blocks-done-relaxed", "phases/retire.cuh", "fetch_add_acq_rel_gpu", "fetch_add_relaxed_gpu", RACE),
     Bug("retire-without-sync", "phases/retire.cuh", "  device::sync_block();\n", "", RACE),
     Bug("same-epoch-again", "phases/retire.cuh", "    device::store_relaxed_gpu(&own.epoch, epoch);\n", "", ""),
+    Bug("claims-not-reset", "phases/retire.cuh", "device::store_relaxed_gpu(&claimed, 0u);",
+        "static_cast<void>(claimed);", ""),
     Bug("blocks-done-not-reset", "phases/retire.cuh", "    device::store_relaxed_gpu(&own.blocks_done, 0u);\n", "", ""),
 )  # fmt: skip
 
@@ -157,7 +176,7 @@ def patched_toolchain(folder: Path, bug: Bug | None) -> PatchedGxx:
     return PatchedGxx(race_detector=True, include=include)
 
 
-def draw_story(seed: int, num_tokens: int) -> swarm.Story:
+def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms: int) -> swarm.Story:
     """Short, and with everything in it that a bug may need: peers, several blocks, several operations under way."""
     r = random.Random(seed)
     drawn = tuple(
@@ -172,12 +191,13 @@ def draw_story(seed: int, num_tokens: int) -> swarm.Story:
             do_cpu_sync=False,
             with_weights=True,
             num_biases=idx % 2,
-            num_sms=2 + seed % 2,
+            num_sms=num_sms - (seed + 1) % 2,
             spare_tokens=0,
             options=Options(
                 hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True, with_stats=True
             ),
             again=(Options(hidden, with_weights=True, do_expand=r.random() < 0.5),) * idx,
+            combining=combining,
         )
         for idx in range(2)
     )
@@ -185,7 +205,7 @@ def draw_story(seed: int, num_tokens: int) -> swarm.Story:
         seed=seed,
         num_ranks=NUM_RANKS,
         roles=swarm.ROLES[0],
-        num_sms=(3,) * NUM_RANKS,
+        num_sms=(num_sms,) * NUM_RANKS,
         delays={seed % NUM_RANKS: r.choice([0, 10**4, 10**6])},
         largest=num_tokens + 4,
         longest=swarm.SHORT,
@@ -194,7 +214,9 @@ def draw_story(seed: int, num_tokens: int) -> swarm.Story:
     )
 
 
-def find_error(toolchain: jit.Gxx, num_tokens: int) -> tuple[int, str]:
+def find_error(
+    toolchain: jit.Gxx, num_tokens: int, combining: combines.Options = combines.PLAIN, num_sms: int = 3
+) -> tuple[int, str]:
     """Tell stories until one goes wrong.
 
     Returns:
@@ -203,7 +225,7 @@ def find_error(toolchain: jit.Gxx, num_tokens: int) -> tuple[int, str]:
     for seed in range(MAX_SEEDS):
         with World(race_detector=True, timeout_s=60) as world:
             try:
-                swarm.tell(draw_story(seed, num_tokens), world, toolchain)
+                swarm.tell(draw_story(seed, num_tokens, combining, num_sms), world, toolchain)
             except (AssertionError, SimulationError) as error:
                 return seed + 1, str(error)
     return MAX_SEEDS, ""
@@ -212,7 +234,10 @@ def find_error(toolchain: jit.Gxx, num_tokens: int) -> tuple[int, str]:
 def plant(bug: Bug | None) -> tuple[int, str]:
     """find_error with a bug, or with a copy that has none."""
     with tempfile.TemporaryDirectory() as folder:
-        return find_error(patched_toolchain(Path(folder), bug), bug.num_tokens if bug else MANY_TOKENS)
+        toolchain = patched_toolchain(Path(folder), bug)
+        if bug is None:
+            return find_error(toolchain, MANY_TOKENS)
+        return find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms)
 
 
 def summary(text: str) -> str:

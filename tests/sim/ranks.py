@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -81,12 +81,14 @@ class Settings:
         seed: of the first launch; later ones count on.
         num_sms: blocks that each rank's launches have at most; they may differ.
         delays: virtual nanoseconds by which each kernel of a rank starts late.
+        patience: what becomes of waits when nothing can move any more (World.launch).
     """
 
     toolchain: jit.Gxx
     seed: int
     num_sms: tuple[int, ...]
     delays: Mapping[int, int]
+    patience: Literal["report", "expire"] = "report"
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class ThreadMachine:
     name = "simulated"
     device = torch.device("cpu")
     shared_bytes_per_block = SHARED_BYTES_PER_BLOCK
+    wire_gbs: float | None = None
     comm_stream = None
 
     def __init__(self, group: Group, ranks: Ranks) -> None:
@@ -178,7 +181,13 @@ class ThreadMachine:
     def _is_window(self, address: int) -> bool:
         return any(window.contains(address) for window in self._windows)
 
-    def barrier(self) -> None:
+    def current_capture(self) -> int:
+        return 0
+
+    def barrier(self, stream: Any = None) -> None:
+        self.meet()
+
+    def meet(self) -> None:
         self._ranks.meeting.ask(self.rank, None, lambda nothing: nothing)
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -226,7 +235,8 @@ class Ranks:
             for idx, (queued, request) in enumerate(stream)
         ]
         seed, self.num_launches = self.settings.seed + self.num_launches, self.num_launches + 1
-        self.num_steps += self.world.launch(launches, seed=seed, delays=self.settings.delays).num_steps
+        delays, patience = self.settings.delays, self.settings.patience
+        self.num_steps += self.world.launch(launches, seed=seed, delays=delays, patience=patience).num_steps
         written = [guest.written() for guest in guests]
         for guest in guests:
             guest.leave()

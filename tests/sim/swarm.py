@@ -21,7 +21,7 @@ import torch
 
 from deep_ep import jit
 from deep_ep.machine.world import World
-from deep_ep.plan import Crew, Roles, RolesOfMachine
+from deep_ep.plan import CombineRoles, Crew, Roles, RolesOfMachine
 from tests import oracle
 from tests.elastic import cases
 from tests.sim.ranks import Buffer, Group, Ranks, Settings
@@ -30,19 +30,23 @@ from tests.sim.ranks import Buffer, Group, Ranks, Settings
 ROLES = (
     RolesOfMachine(
         dispatch=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
-        combine=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
+        combine=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
+        combine_sums=CombineRoles(send=Crew(1, 2, 1), num_warps=2, send_share=0.4),
     ),
     RolesOfMachine(
         dispatch=Roles(send=Crew(2, 2, 1), receive=Crew(1, 5, 3), send_share=0.6),
-        combine=Roles(send=Crew(2, 4, 2), receive=Crew(1, 3, 1), send_share=0.5),
+        combine=CombineRoles(send=Crew(2, 4, 2), num_warps=3, send_share=0.5),
+        combine_sums=CombineRoles(send=Crew(1, 4, 3), num_warps=3, send_share=1.0),
     ),
     RolesOfMachine(
         dispatch=Roles(send=Crew(3, 2, 1), receive=Crew(3, 3, 2), send_share=0.3),
-        combine=Roles(send=Crew(3, 7, 6), receive=Crew(2, 3, 2), send_share=0.7),
+        combine=CombineRoles(send=Crew(3, 7, 6), num_warps=4, send_share=0.7),
+        combine_sums=CombineRoles(send=Crew(3, 2, 1), num_warps=5, send_share=0.7),
     ),
     RolesOfMachine(
         dispatch=Roles(send=Crew(1, 9, 8), receive=Crew(1, 2, 1), send_share=0.5),
-        combine=Roles(send=Crew(1, 2, 1), receive=Crew(3, 3, 1), send_share=0.2),
+        combine=CombineRoles(send=Crew(1, 2, 1), num_warps=4, send_share=0.2),
+        combine_sums=CombineRoles(send=Crew(2, 3, 1), num_warps=3, send_share=0.2),
     ),
 )
 NUM_RACE_ROLES = 2  # with few threads
@@ -140,7 +144,8 @@ def tell(story: Story, world: World, toolchain: jit.Gxx) -> int:
     ranks = Ranks(world, story.num_ranks, Settings(toolchain, story.seed << 16, story.num_sms, story.delays))
 
     def program(group: Group) -> None:
-        buffer = Buffer(group, num_max_tokens_per_rank=story.largest + 8, hidden=story.longest)
+        most = story.largest + 8
+        buffer = Buffer(group, num_max_tokens_per_rank=most, hidden=story.longest, allow_multiple_reduction=False)
         num_alone = len(story.cases) - story.num_overlapping
         for case in story.cases[:num_alone]:
             cases.run(case, buffer, torch.device("cpu"))

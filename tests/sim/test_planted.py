@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.elastic import combines
 from tests.sim import planted
 
 pytestmark = pytest.mark.race
@@ -24,10 +25,14 @@ def test_is_noticed(bug: planted.Bug) -> None:
     assert bug.noticed_by in error, error
 
 
-@pytest.mark.parametrize("num_tokens", sorted({bug.num_tokens for bug in planted.BUGS}))
-def test_nothing_is_noticed_where_nothing_is_planted(tmp_path: Path, num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "combining"), dict.fromkeys((bug.num_tokens, bug.combining) for bug in planted.BUGS)
+)
+def test_nothing_is_noticed_where_nothing_is_planted(
+    tmp_path: Path, num_tokens: int, combining: combines.Options
+) -> None:
     toolchain = planted.patched_toolchain(tmp_path, None)
-    assert planted.find_error(toolchain, num_tokens) == (planted.MAX_SEEDS, "")
+    assert planted.find_error(toolchain, num_tokens, combining) == (planted.MAX_SEEDS, "")
 
 
 def test_a_patch_that_no_longer_fits_is_an_error(tmp_path: Path) -> None:

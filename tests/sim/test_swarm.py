@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from tests.elastic import combines
 from tests.sim import swarm
 
 NUM_SEEDS, NUM_RACE_SEEDS = 320, 36
@@ -42,6 +43,8 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {1, 2, 8, 32} <= {case.num_topk for case in cases}
     assert {0, 1, 2} == {case.num_biases for case in cases}
     assert {case.do_cpu_sync for case in cases} == {case.with_weights for case in cases} == {False, True}
+    flags = itertools.product([False, True], repeat=2)
+    assert {case.combining for case in cases} == {combines.Options(*each) for each in flags}
     options = [each for case in cases for each in (case.first, *case.again)]
     assert {0, 1, 2} == {len(case.again) for case in cases}
     layouts = {(case.do_cpu_sync, case.first.do_expand, each.do_expand) for case in cases for each in case.again}
@@ -65,6 +68,8 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {1, 2, 3} == {story.num_ranks for story in racing}
     assert {story.roles for story in racing} == set(swarm.ROLES[: swarm.NUM_RACE_ROLES])
     assert any(story.num_overlapping > 1 for story in racing)
+    expanded = [case.combining for story in racing for case in story.cases if case.combining.expanded]
+    assert {options.multiple_reduction for options in expanded} == {False, True}
     assert any(story.longest == swarm.LONG for story in racing)
 
 

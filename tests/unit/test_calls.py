@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -20,7 +21,7 @@ from deep_ep.calls.endpoint import Half, num_send_blocks_of_launches
 from deep_ep.errors import EPError, EPTimeoutError
 from deep_ep.ops.arguments import FaultRecord
 from deep_ep.ops.faults import READABLE
-from deep_ep.plan import Crew, Roles
+from deep_ep.plan import CombineRoles, Crew, Roles
 
 HIDDEN = 64
 
@@ -44,14 +45,17 @@ class FakeMachine:
 
     name, device, comm_stream = "simulated", torch.device("cpu"), None
     num_sms, shared_bytes_per_block = 4, 232448
+    wire_gbs: float | None = None
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, int, int]] = []  # kernel, blocks, of which send
         self.on_launch: Callable[[], None] = lambda: None
         self.prepared: list[str] = []
         self.words: list[FakeMemory] = []
-        self.num_barriers = self.num_closed = 0
+        self.num_barriers = self.num_meetings = self.num_closed = 0
         self.prepare_fails = False
+        self.capture = 0
+        self.answers: list[str | None] | None = None  # of all ranks, in a step that they end together
 
     def prepare(self, kernels: Any) -> None:
         self.prepared = [kernel.name for kernel in kernels]
@@ -70,8 +74,17 @@ class FakeMachine:
         self.launches.append((kernel.name, num_blocks, args.num_send_blocks))
         self.on_launch()
 
-    def barrier(self) -> None:
+    def current_capture(self) -> int:
+        return self.capture
+
+    def barrier(self, stream: Any = None) -> None:
         self.num_barriers += 1
+
+    def meet(self) -> None:
+        self.num_meetings += 1
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return self.answers or [value]
 
     def close(self) -> None:
         self.num_closed += 1
@@ -127,8 +140,15 @@ def test_launches(half: Half, num_blocks: int, expected: list[int]) -> None:
     assert num_send_blocks_of_launches(roles, half, num_blocks) == expected
 
 
+@pytest.mark.parametrize(("num_blocks", "expected"), [(1, 1), (2, 1), (8, 3)])
+def test_launches_of_combine(num_blocks: int, expected: int) -> None:
+    """One, however few blocks there are: every block adds."""
+    roles = CombineRoles(send=Crew(1, 2, 1), num_warps=2, send_share=0.4)
+    assert num_send_blocks_of_launches(roles, Half.BOTH, num_blocks) == [expected]
+
+
 def test_kernels_are_ready_before_the_first_collective_step(machine: FakeMachine, buffer: ElasticBuffer) -> None:
-    assert machine.prepared == ["dispatch", "combine"]
+    assert machine.prepared == ["dispatch", "combine", "combine", "combine"], "one for each way that rows come home"
 
 
 def test_a_buffer_that_cannot_be_built_leaves_nothing(machine: FakeMachine) -> None:
@@ -136,6 +156,15 @@ def test_a_buffer_that_cannot_be_built_leaves_nothing(machine: FakeMachine) -> N
     with pytest.raises(EPError, match="does not compile"):
         build()
     assert machine.num_closed == 1
+    assert not hasattr(machine, "window")
+
+
+def test_what_fails_on_one_rank_is_told_to_all_before_they_wait_for_it(machine: FakeMachine) -> None:
+    machine.answers = [None, "EPCompileError: combine did not compile"]
+    with pytest.raises(EPError, match="rank 1 of the group cannot take part: EPCompileError: combine did not compile"):
+        build()
+    assert machine.num_closed == 1
+    assert not hasattr(machine, "window")
 
 
 def test_exact_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
@@ -206,6 +235,20 @@ def test_analytic_num_sms(machine: FakeMachine, buffer: ElasticBuffer) -> None:
     assert [launch[:2] for launch in machine.launches] == [("dispatch", 4), ("dispatch", 2), ("combine", 2)]
 
 
+def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the caller says, or else the environment, or else NVML; and an H200's where nobody says anything."""
+    assert build().get_theoretical_num_sms(256, 8) == 8
+    assert build().get_theoretical_num_sms(256, 8, nvlink_gbs=730) == 16
+    assert build().get_theoretical_num_sms(256, 8, sm_write_gbs=25) == 16
+    assert build().get_theoretical_num_sms(256, 8, sm_read_gbs=25) == 16
+    machine.wire_gbs = 18 * 53.125
+    assert build().get_theoretical_num_sms(256, 8) == 16
+    monkeypatch.setenv("EP_NVLINK_GBS", "100")
+    assert build().get_theoretical_num_sms(256, 8) == 4
+    with pytest.raises(ValueError, match="sm_write_gbs must be a number of GB/s more than 0, but it is 0"):
+        build().get_theoretical_num_sms(256, 8, sm_write_gbs=0)
+
+
 def test_counts_that_never_come(buffer: ElasticBuffer, machine: FakeMachine) -> None:
     impatient = build(num_cpu_timeout_secs=0.01)
     with pytest.raises(EPTimeoutError, match=r"rank 0 waited 0.01 s for the counts .* num_cpu_timeout_secs"):
@@ -231,7 +274,7 @@ def test_a_fault_breaks_the_buffer(buffer: ElasticBuffer, machine: FakeMachine, 
             call()
     assert len(machine.launches) == num_launches
     buffer.destroy()
-    assert machine.num_barriers == 1, "ranks that failed and ranks that did not take the same steps"
+    assert machine.num_meetings == 1, "ranks that failed and ranks that did not take the same steps"
     assert machine.window.closed
 
 
@@ -275,23 +318,47 @@ def test_the_last_fault_is_told(machine: FakeMachine) -> None:
     assert machine.window.closed
 
 
-def test_no_host_wait_while_a_graph_is_captured(
-    buffer: ElasticBuffer, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    machine.name = "cuda"
+def test_no_host_wait_while_a_graph_is_captured(buffer: ElasticBuffer, machine: FakeMachine) -> None:
+    machine.capture = 1
     with pytest.raises(ValueError, match="do_cpu_sync must be False inside a CUDA graph capture"):
         dispatch(buffer)
-    with pytest.raises(ValueError, match="barrier"):
-        buffer.barrier()
-    assert machine.launches == []
-    machine.name = "simulated"
+    with pytest.raises(ValueError, match="with_cpu_sync must be False inside a CUDA graph capture"):
+        buffer.barrier(with_cpu_sync=True)
+    assert (machine.launches, machine.num_barriers) == ([], 0)
+    buffer.barrier()
+    dispatch(buffer, do_cpu_sync=False)
+    assert (len(machine.launches), machine.num_barriers) == (1, 1)
+
+
+def test_calls_are_named_for_profilers(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    @contextlib.contextmanager
+    def name(text: str) -> Iterator[None]:
+        log.append(text)
+        yield
+        log.append("end")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", name)
+    machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
+    silent = build()
+    monkeypatch.setenv("EP_USE_NVIDIA_TOOLS", "1")
+    buffer = build()
+    machine.words[1] = machine.words[-1]
+    dispatch(silent, do_cpu_sync=False)
+    assert log == []
+    handle = dispatch(buffer)
+    buffer.combine(torch.zeros(3, HIDDEN, dtype=torch.bfloat16), handle)
+    buffer.barrier()
+    named = ["deep_ep dispatch", "deep_ep wait for counts", "end", "end", "deep_ep combine", "end"]
+    assert log == [*named, "deep_ep barrier", "end"]
 
 
 def test_destroy_twice(buffer: ElasticBuffer, machine: FakeMachine) -> None:
     buffer.destroy()
     buffer.destroy()
-    assert (machine.num_barriers, machine.num_closed, machine.window.closed) == (1, 1, True)
+    assert (machine.num_meetings, machine.num_closed, machine.window.closed) == (1, 1, True)
     with pytest.raises(ValueError, match="this buffer was destroyed; build a new ElasticBuffer"):
         dispatch(buffer)
 
@@ -300,7 +367,7 @@ def test_a_dropped_buffer_talks_to_nobody(machine: FakeMachine) -> None:
     buffer = build()
     del buffer
     gc.collect()
-    assert (machine.num_barriers, machine.num_closed, machine.window.closed) == (0, 1, True)
+    assert (machine.num_meetings, machine.num_closed, machine.window.closed) == (0, 1, True)
 
 
 def test_a_broken_promise_is_logged(machine: FakeMachine, caplog: pytest.LogCaptureFixture) -> None:
@@ -312,10 +379,9 @@ def test_a_broken_promise_is_logged(machine: FakeMachine, caplog: pytest.LogCapt
     assert not machine.window.closed
 
 
-def test_nothing_is_freed_while_a_graph_is_captured(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+def test_nothing_is_freed_while_a_graph_is_captured(machine: FakeMachine) -> None:
     buffer = build()
-    machine.name = "cuda"
+    machine.capture = 1
     del buffer
     gc.collect()
     assert not machine.window.closed

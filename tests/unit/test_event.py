@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deep_ep.event import CallOrder, EventHandle, EventOverlap
+from deep_ep.event import CallOrder, EventHandle, EventOverlap, LastCall
 
 
 class Log:
@@ -18,10 +18,11 @@ class Log:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.current = FakeStream("compute", self)
-        self.capturing = False
 
 
 class FakeStream:
+    device = torch.device("cuda", 1)
+
     def __init__(self, name: str, log: Log) -> None:
         self.name, self.log = name, log
 
@@ -59,8 +60,12 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
         yield
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: log.current)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: log.capturing)
+
+    def current_stream(device: torch.device | None = FakeStream.device) -> FakeStream:
+        assert device == FakeStream.device, "the current device is another than the buffer's"
+        return log.current
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", within)
     return log
@@ -80,7 +85,7 @@ def test_inert_without_a_gpu() -> None:
     event.current_stream_wait()
     EventOverlap().current_stream_wait()
     order = CallOrder(None, EventOverlap(), asynchronous=True, keep_in_event=False)
-    order.begin(None)
+    order.begin(LastCall(), 0)
     order.wait_for(EventOverlap(event))
     with order.allocation(True):
         pass
@@ -128,7 +133,7 @@ def test_call_waits_and_may_release(log: Log) -> None:
 
 def test_plain_call_runs_on_the_current_stream(log: Log) -> None:
     order = order_of(log)
-    order.begin(None)
+    order.begin(LastCall(), 0)
     assert order.stream is not None
     assert order.stream.name == "compute"  # type: ignore[attr-defined]
     assert order.end([], []).event is None
@@ -137,7 +142,7 @@ def test_plain_call_runs_on_the_current_stream(log: Log) -> None:
 
 def test_asynchronous_call_leaves_the_current_stream_alone(log: Log) -> None:
     order = order_of(log, asynchronous=True)
-    order.begin(None)
+    order.begin(LastCall(), 0)
     assert log.lines == ["comm waits for compute"]
     event = order.end([], [])
     assert log.lines == ["comm waits for compute"]
@@ -147,7 +152,7 @@ def test_asynchronous_call_leaves_the_current_stream_alone(log: Log) -> None:
 
 def test_previous_event_stands_for_the_current_stream(log: Log) -> None:
     order = order_of(log, previous=EventHandle())
-    order.begin(None)
+    order.begin(LastCall(), 0)
     assert log.lines == ["comm waits for event on compute"]
     order.end([], [])
     assert log.lines[1:] == ["compute waits for comm"]
@@ -156,24 +161,42 @@ def test_previous_event_stands_for_the_current_stream(log: Log) -> None:
 def test_previous_event_that_is_empty(log: Log) -> None:
     """A synchronous call's EventOverlap holds no event: its results are ordered on the current stream."""
     order = order_of(log, previous=EventOverlap())
-    order.begin(None)
+    order.begin(LastCall(), 0)
     assert order.stream is not None
     assert order.stream.name == "compute"  # type: ignore[attr-defined]
-    order_of(log, previous=EventOverlap(), asynchronous=True).begin(None)
+    order_of(log, previous=EventOverlap(), asynchronous=True).begin(LastCall(), 0)
     assert log.lines == ["comm waits for compute"]
 
 
 def test_one_call_after_the_other(log: Log) -> None:
     """Two calls of a buffer never overlap, whatever their streams."""
-    last: Any = FakeStream("elsewhere", log)
-    order_of(log).begin(last)
+    last = LastCall()
+    log.current = FakeStream("elsewhere", log)
+    order_of(log).begin(last, 0)
+    log.current = FakeStream("compute", log)
+    order_of(log).begin(last, 0)
     assert log.lines == ["compute waits for elsewhere"]
-    order = order_of(log)
-    order.begin(order.stream)
+    order_of(log).begin(last, 0)
     assert len(log.lines) == 1, "the same stream is in order by itself"
-    log.capturing = True
-    order_of(log).begin(last)
-    assert len(log.lines) == 1, "a graph cannot wait for a stream outside of it"
+
+
+def test_order_inside_and_outside_of_captures(log: Log) -> None:
+    """Calls of one capture wait for each other, never for one outside, nor one outside for them."""
+
+    def call_on(name: str, capture: int) -> list[str]:
+        log.current = streams[name]
+        log.lines.clear()
+        order_of(log).begin(last, capture)
+        return list(log.lines)
+
+    last = LastCall()
+    streams = {name: FakeStream(name, log) for name in "abc"}
+    assert call_on("a", 0) == []
+    assert call_on("b", 7) == [], "the call before ran outside"
+    assert call_on("c", 7) == ["c waits for b"]
+    assert call_on("b", 0) == ["b waits for a"], "the last call that ran, not the one that was captured"
+    assert call_on("b", 7) == ["b waits for c"]
+    assert call_on("a", 8) == [], "another capture"
 
 
 def test_where_outputs_are_allocated(log: Log) -> None:

@@ -133,6 +133,12 @@ def test_exports() -> None:
         "get_physical_domain_size",
         "get_logical_domain_size",
         "__version__",
+        # Ours, beside the contract.
+        "EPError",
+        "EPCompileError",
+        "EPEnvironmentError",
+        "EPTimeoutError",
+        "EPTopologyError",
     }
     for name in deep_ep.__all__:
         assert getattr(deep_ep, name) is not None

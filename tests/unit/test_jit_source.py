@@ -67,7 +67,11 @@ def test_another_header_can_be_named() -> None:
     [
         ({"name": "not a name"}, ValueError, "must be a C\\+\\+ identifier, got 'not a name'"),
         ({"config": TinyConfig}, TypeError, "must be an instance of a dataclass"),
-        ({"config": TinyConfig(scale=1.5)}, TypeError, "TinyConfig.scale must be an int or a bool, got float 1.5"),  # type: ignore[arg-type]
+        (
+            {"config": TinyConfig(scale=1.5)},
+            TypeError,
+            "must be an int, a bool or an enum, got float 1.5",
+        ),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_written_is_named(change: dict[str, object], error: type[Exception], message: str) -> None:

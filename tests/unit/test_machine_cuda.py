@@ -18,7 +18,7 @@ import torch
 from deep_ep import jit
 from deep_ep.environment import Environment
 from deep_ep.errors import EPEnvironmentError, EPError
-from deep_ep.machine import cuda
+from deep_ep.machine import cuda, raise_together
 
 driver = pytest.importorskip("cuda.bindings.driver")
 
@@ -79,6 +79,10 @@ class FakeDriver:
         assert address is not None
         self.launches.append((config, ctypes.string_at(address, ctypes.sizeof(CopyArgs))))
         return (self.statuses.pop(0),)
+
+    def cuStreamGetCaptureInfo(self, stream: int) -> tuple[Any, ...]:  # noqa: N802
+        assert stream == 0x99
+        return SUCCESS, driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE, 41, "graph", [], [], 0
 
     def cuCtxSetCurrent(self, context: str) -> tuple[Any]:  # noqa: N802
         self.calls.append(f"make {context} current")
@@ -216,9 +220,32 @@ def test_an_old_gpu_is_refused() -> None:
 def test_a_problem_of_one_rank_is_told_to_all(machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "all_gather_object", lambda value: [None, "its driver is old"])
     with pytest.raises(EPEnvironmentError, match="rank 1 of the group cannot take part: its driver is old"):
-        machine._agree(None)
+        raise_together(None, machine.all_gather_object, EPEnvironmentError)
     with pytest.raises(EPEnvironmentError, match=r"^mine$"):
-        machine._agree(EPEnvironmentError("mine"))
+        raise_together(EPEnvironmentError("mine"), machine.all_gather_object)
+
+
+def test_a_rank_without_memory_tells_its_peers(machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    gathered: list[Any] = []
+    monkeypatch.setattr(machine, "all_gather_object", lambda value: gathered.append(value) or [value, value])
+    monkeypatch.setattr(cuda.nccl, "allocate", allocate)
+    with pytest.raises(torch.OutOfMemoryError):
+        machine.allocate_window(4)
+    assert gathered == [4, "OutOfMemoryError: no memory"]
+    monkeypatch.setattr(machine, "all_gather_object", lambda value: [4, 4] if value == 4 else [value, "no memory"])
+    monkeypatch.setattr(cuda.nccl, "allocate", lambda *_: None)
+    with pytest.raises(EPError, match="rank 1 of the group cannot take part: no memory"):
+        machine.allocate_window(4)
+
+
+def test_captures_have_numbers(machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.current_capture() == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0x99))
+    assert machine.current_capture() == 41
 
 
 def test_importing_loads_no_gpu_package() -> None:

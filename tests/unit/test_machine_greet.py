@@ -118,7 +118,8 @@ def greet(machine: Machine, kernel: jit.Kernel, num_rounds: int, stream: Any = N
         expected = [1001 * peer + args.secret for peer in range(machine.num_ranks)]
         assert y.tolist() == expected, (round_idx, y.tolist(), expected, words.tensor.tolist())
     assert words.tensor.tolist() == [0] * 10
-    machine.barrier()
+    machine.barrier(stream)
+    machine.meet()
     window.close()
     words.close()
 

@@ -232,6 +232,7 @@ def test_open_machine_simulates_a_gloo_group(alone: Rank) -> None:
     machine = open_machine(dist.group.WORLD, Environment())
     assert (machine.name, machine.rank, machine.num_ranks) == ("simulated", 0, 1)
     machine.barrier()
+    machine.meet()
     assert machine.all_gather_object("here") == ["here"]
     machine.close()
 

@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 
 from deep_ep import plan
 from deep_ep.layout import MAX_EXPERTS, MAX_RANKS, MAX_SCALES, MAX_TOPK, Record
-from deep_ep.plan import ROLES, Crew, Roles, RolesOfMachine
+from deep_ep.plan import ROLES, CombineRoles, Crew, Roles, RolesOfMachine
 
 SHARED_LIMIT = 232448  # bytes that a block has on sm_90 and sm_100, and in simulation
 MACHINES = pytest.mark.parametrize("roles", ROLES.values(), ids=ROLES.keys())
 ROWS = st.integers(1, 4096).map(lambda n: 16 * n)
-ALL_ROLES = [roles for machine in ROLES.values() for roles in (machine.dispatch, machine.combine)]
 
 
 @given(row_bytes=ROWS, limit=st.integers(1, 256).map(lambda n: 128 * n))
@@ -30,17 +29,16 @@ def test_cut(row_bytes: int, limit: int) -> None:
     memory=st.integers(16 << 10, SHARED_LIMIT),
     row_bytes=ROWS,
     tail_bytes=st.integers(0, 13).map(lambda n: 32 * n),
-    parts=st.integers(1, 34),
 )
-def test_ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int, parts: int) -> None:
+def test_ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int) -> None:
     """A ring holds what a stage must hold and fits, or says that it cannot."""
     stages = crew.num_warps * crew.num_stages
     try:
-        ring = plan.ring(crew, memory, row_bytes, tail_bytes, parts)
+        ring = plan.ring(crew, memory, row_bytes, tail_bytes)
     except ValueError as error:
         assert f"{memory} bytes of shared memory do not hold {stages} stages" in str(error)  # noqa: PT017
         return
-    assert ring.piece_bytes * parts + tail_bytes <= ring.stage_bytes
+    assert ring.piece_bytes + tail_bytes <= ring.stage_bytes
     assert ring.stage_bytes % plan.PIECE_ALIGNMENT == 0
     assert stages * (ring.stage_bytes + plan.TICKET_BYTES + plan.MBARRIER_BYTES) <= ring.rings_bytes <= memory
 
@@ -59,7 +57,7 @@ def test_every_dispatch_fits(
     num_experts = num_ranks * min(local_experts, MAX_EXPERTS // num_ranks)
     record = Record.of_dispatch(row_bytes, num_topk, num_scales)
     launch = plan.plan_dispatch(roles.dispatch, record, num_experts, num_ranks, SHARED_LIMIT)
-    assert launch.tables_bytes == plan.tables_bytes(num_experts, num_ranks)
+    assert launch.tables_bytes == plan.tables_bytes(num_experts)
     assert launch.tables_bytes % 128 == 0
     for ring in (launch.send, launch.receive):
         assert ring.piece_bytes + record.tail_bytes <= ring.stage_bytes
@@ -67,40 +65,57 @@ def test_every_dispatch_fits(
 
 
 @MACHINES
-@given(row_bytes=ROWS, num_topk=st.integers(1, MAX_TOPK), max_parts=st.integers(1, MAX_TOPK + 2))
-def test_every_combine_fits(roles: RolesOfMachine, row_bytes: int, num_topk: int, max_parts: int) -> None:
+@given(row_bytes=ROWS, num_topk=st.integers(1, MAX_TOPK))
+def test_every_combine_fits(roles: RolesOfMachine, row_bytes: int, num_topk: int) -> None:
     record = Record.of_combine(row_bytes, num_topk)
-    launch = plan.plan_combine(roles.combine, record, max_parts, SHARED_LIMIT)
-    assert launch.send.piece_bytes + record.tail_bytes <= launch.send.stage_bytes
-    assert launch.receive.piece_bytes * max_parts <= launch.receive.stage_bytes
-    for ring in (launch.send, launch.receive):
-        assert launch.tables_bytes + ring.rings_bytes <= launch.shared_bytes <= SHARED_LIMIT
+    for division in (roles.combine, roles.combine_sums):
+        ring = plan.plan_combine(division, record, SHARED_LIMIT)
+        assert ring.piece_bytes + record.tail_bytes <= ring.stage_bytes
+        assert ring.rings_bytes <= SHARED_LIMIT
 
 
-@pytest.mark.parametrize("roles", ALL_ROLES)
-def test_roles_are_possible(roles: Roles) -> None:
-    for crew in (roles.send, roles.receive):
+@MACHINES
+def test_roles_are_possible(roles: RolesOfMachine) -> None:
+    for crew in (roles.dispatch.send, roles.dispatch.receive, roles.combine.send, roles.combine_sums.send):
         assert crew.num_warps >= 1
         assert 1 <= crew.num_storing < crew.num_stages, "or a warp could never load while it stores"
-    assert roles.num_threads <= 1024
+    assert roles.dispatch.num_threads <= 1024
+    for division in (roles.combine, roles.combine_sums):
+        assert division.num_threads <= 1024
+        assert division.send.num_warps < division.num_warps, "where every block sends, its other warps add"
 
 
-@given(roles=st.sampled_from(ALL_ROLES), num_blocks=st.integers(2, 160))
+@given(roles=st.sampled_from([machine.dispatch for machine in ROLES.values()]), num_blocks=st.integers(2, 160))
 def test_both_teams_have_blocks(roles: Roles, num_blocks: int) -> None:
     assert 1 <= roles.num_send_blocks(num_blocks) <= num_blocks - 1
 
 
+@given(send_share=st.floats(0, 1), num_blocks=st.integers(1, 160))
+def test_some_block_sends(send_share: float, num_blocks: int) -> None:
+    roles = CombineRoles(Crew(1, 2, 1), num_warps=2, send_share=send_share)
+    assert 1 <= roles.num_send_blocks(num_blocks) <= num_blocks
+
+
 @given(
-    num_ranks=st.integers(1, MAX_RANKS), nvlink_gbs=st.floats(1, 2000), sm_write_gbs=st.floats(0, 500, allow_nan=False)
+    num_ranks=st.integers(1, MAX_RANKS),
+    nvlink_gbs=st.floats(1, 2000),
+    sm_read_gbs=st.floats(0.1, 500),
+    sm_write_gbs=st.floats(0.1, 500),
 )
-def test_theoretical_num_sms(num_ranks: int, nvlink_gbs: float, sm_write_gbs: float) -> None:
-    num_sms = plan.theoretical_num_sms(num_ranks, nvlink_gbs, sm_write_gbs)
+def test_theoretical_num_sms(num_ranks: int, nvlink_gbs: float, sm_read_gbs: float, sm_write_gbs: float) -> None:
+    num_sms = plan.theoretical_num_sms(num_ranks, nvlink_gbs, sm_read_gbs, sm_write_gbs)
     assert num_sms >= 4
     assert num_sms % 2 == 0
-    assert num_sms <= plan.theoretical_num_sms(num_ranks, nvlink_gbs + 100, sm_write_gbs)
+    assert num_sms <= plan.theoretical_num_sms(num_ranks, nvlink_gbs + 100, sm_read_gbs, sm_write_gbs)
+    assert num_sms >= plan.theoretical_num_sms(num_ranks, nvlink_gbs, sm_read_gbs, sm_write_gbs + 100)
 
 
 def test_theoretical_num_sms_of_h200() -> None:
     """365 GB/s times 3 bytes written for each on the link of 2 ranks, times 2 1/7 of 8, over 50 GB/s an SM."""
     assert plan.theoretical_num_sms(2) == 22
     assert plan.theoretical_num_sms(8) == 16
+
+
+def test_what_kernels_reach_of_a_link() -> None:
+    assert plan.nvlink_gbs(None) == plan.nvlink_gbs(18 * 26.5625) == 365
+    assert plan.nvlink_gbs(18 * 53.125) == 730

@@ -23,17 +23,18 @@ PURE = frozenset({"errors", "layout", "plan", "topology"})
 MAY_IMPORT = {
     **dict.fromkeys(PURE, PURE),
     "environment": {"errors"},
+    "installation": {"errors"},
     "event": {"environment", "errors"},
     "handle": PURE | {"event"},
     "validate": PURE | {"event", "handle"},
     "jit": {"errors", "environment"},
     "machine": {"errors", "environment", "jit"},
     "ops": PURE | {"jit", "machine", "handle"},
-    "calls": PURE | {"ops", "machine", "jit", "handle", "event", "validate", "environment"},
+    "calls": PURE | {"ops", "machine", "jit", "handle", "event", "validate", "environment", "installation"},
     "buffer": PURE | {"calls", "machine", "handle", "event", "validate"},
     "fp8": set(),
     "utils": {"event", "fp8"},
-    "__init__": {"buffer", "handle", "event", "validate"},
+    "__init__": {"buffer", "handle", "event", "validate", "errors"},
 }
 
 # Folder of headers -> what its headers may include, as prefixes of a path below include/deep_ep.
@@ -44,7 +45,7 @@ MAY_INCLUDE = {
 }
 ONLY_IN_DEVICE = re.compile(r"\b(asm|threadIdx|blockIdx|blockDim|gridDim|__shfl\w*|nccl\w*|clock64|printf)\b")
 PHASE_OPENING = ("reads", "writes", "waits for", "leaves behind")
-NOUNS_AMONG_PHASES = {"tables.cuh"}  # what phases share in a block's memory; no phase itself
+NOUNS_AMONG_PHASES = {"results.cuh", "sum.cuh", "tables.cuh"}  # what phases share; no phase itself
 
 MAX_LINES = 450
 MAX_KERNEL_LINES = 170
@@ -57,7 +58,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.$}~>-])/(?:work|tmp|root|home|mnt)/\w")
 def project_files(*suffixes: str) -> list[Path]:
     """Every file that the project holds, not what tools leave beside it."""
     folders = (".ci", "deep_ep", "docs", "examples", "tests", "benchmarks", "scripts")
-    found = [path for path in ROOT.iterdir() if path.is_file()]
+    found = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]  # a file in a linked worktree
     found += [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     return sorted(path for path in found if path.suffix in suffixes and "__pycache__" not in path.parts)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,10 +86,12 @@ def test_rows_that_bulk_copies_cannot_take(bad: torch.Tensor, text: str) -> None
 def test_count() -> None:
     assert validate.is_count("num_sms", 0, 0) == 0
     assert validate.is_count("num_sms", 24, 1, 24) == 24
+    assert type(validate.is_count("num_sms", np.int64(24), 1, 24)) is int
     for kind, value, text in (
         (TypeError, 2.0, "num_sms must be an int, but it is a float"),
         (TypeError, True, "num_sms must be an int, but it is a bool"),
         (TypeError, "2", "num_sms must be an int, but it is a str"),
+        (TypeError, np.float32(2), "num_sms must be an int, but it is a float32"),
         (ValueError, 0, "num_sms must be from 1 to 24, but it is 0; take fewer"),
         (ValueError, 25, "num_sms must be from 1 to 24, but it is 25; take fewer"),
     ):
@@ -98,6 +101,7 @@ def test_count() -> None:
 
 def test_expert_count() -> None:
     assert validate.is_expert_count(256, 8) == 256
+    assert type(validate.is_expert_count(np.int32(256), 8)) is int
     for kind, value, text in (
         (ValueError, None, "num_experts must be given unless a handle is"),
         (ValueError, 0, f"num_experts must be from 1 to {MAX_EXPERTS}, but it is 0"),
@@ -203,5 +207,6 @@ def test_gradients_are_not_lost_without_a_word() -> None:
 )
 def test_timeouts(value: object, error: type[Exception]) -> None:
     assert validate.is_timeout("num_gpu_timeout_secs", 9) == 9.0
+    assert validate.is_timeout("num_gpu_timeout_secs", np.float32(0.5)) == 0.5
     with pytest.raises(error, match="num_gpu_timeout_secs must be"):
         validate.is_timeout("num_gpu_timeout_secs", value)

@@ -48,11 +48,12 @@ struct DispatchArgs {
   Rows rows;
   const float* weights;  // [num_tokens, num_topk] or null
   Scales scales;         // [num_tokens, count]
-  Places sent;  // what senders work out; in a launch without senders, or with a handle, what an earlier one did
-  Places kept;  // what receivers work out for themselves, so that no half waits for the other
+  Places sent;           // what senders work out; in a launch without senders or with a handle, what an earlier one did
+  Places kept;           // what receivers work out for themselves, so that no half waits for the other
   Received received;
   Counts counts;
-  int32_t* stats;       // [experts_per_rank] or null: grows by what each local expert receives
+  int32_t* stats;       // [experts_per_rank], null or what each local expert receives is added to
+  void* kept_idx;       // [num_tokens, num_topk], null or where a copy of topk_idx goes
   int32_t* host_words;  // null, or where a launch of senders only reports the counts
   PlacesFrom places_from;
   int32_t alignment;
@@ -61,7 +62,8 @@ struct DispatchArgs {
   int32_t send_piece_bytes, send_stage_bytes, receive_piece_bytes, receive_stage_bytes, tables_bytes;
 };
 
-// Finds the place of every token of this block's range, among all tokens of this rank.
+// Finds the place of every token of this block's range, among all tokens of this rank. Senders tell the peers what will
+// come as soon as it is known.
 EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, Range range, const Places& places,
                      const Tables& tables) {
   const int warp = device::warp_idx();
@@ -79,9 +81,15 @@ EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, 
   device::sync_block();
   look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
   device::sync_block();
-  const bool all_came = device::load_relaxed_gpu(tables.ok) != 0;
-  if (places_tokens && all_came) settle(a.routing, share, places.slots, places.positions, counts, tables);
+  if (device::load_relaxed_gpu(tables.ok) != 0) {
+    if (sends(a.num_send_blocks)) publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
+    if (places_tokens) settle(a.routing, share, places.slots, places.positions, counts, tables);
+  }
+  const bool copies = !sends(a.num_send_blocks) || a.num_send_blocks == device::num_blocks();
+  if (copies && a.kept_idx != nullptr) keep_selections(a.routing, range, a.kept_idx);
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
+  device::sync_block();
+  if (device::load_relaxed_gpu(tables.ok) != 0) tell_settled(a.window, epoch);
 }
 
 template <DispatchConfig C>
@@ -93,7 +101,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   const Range range = part_of({0, a.routing.num_tokens}, team.own(), team.count);
   const Places& places = receiver && a.num_send_blocks > 0 ? a.kept : a.sent;
   const TokenTables token_tables{places.slots, places.positions, a.weights, a.scales};
-  const bool recalls = a.places_from == PlacesFrom::kHandle, places_tokens = !recalls && a.num_send_blocks > 0;
+  const bool recalls = a.places_from == PlacesFrom::kHandle;
   const int experts_per_rank = a.routing.experts_per_rank, warp = device::warp_idx();
   char* rings = device::shared_memory<char>(a.tables_bytes);
   const auto good = [&] { return device::load_relaxed_gpu(tables.ok) != 0; };
@@ -101,12 +109,10 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   if (device::thread_idx() == 0) device::store_relaxed_gpu(tables.ok, 1);
   device::sync_block();
   if (sender) admit(a.window, epoch, a.patience, tables.ok);
-  if (places_tokens) place(a, epoch, team, range, places, tables);
-  if (places_tokens && sender && good()) publish(a.window, epoch, team, experts_per_rank, tables);
-  device::sync_block();
+  if (!recalls && a.num_send_blocks > 0) place(a, epoch, team, range, places, tables);
 
   const bool reports = sender && a.host_words != nullptr && team.own() == 0;
-  if (recalls && receiver) recall(a.window, experts_per_rank, a.num_send_blocks, a.counts, tables);
+  if (recalls && receiver) recall(a.window, experts_per_rank, a.counts, tables);
   if (!recalls && (receiver || reports) && good()) {
     collect(a.window, epoch, experts_per_rank, a.alignment, a.patience, tables);
     if (reports && good()) report_to_host(a.window, experts_per_rank, tables, a.host_words);
@@ -118,8 +124,9 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   if (sender && warp < C.num_send_warps && good()) {
     using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
     const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
-    scatter(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.send_piece_bytes, range, warp,
-            C.num_send_warps);
+    if (recalls || await_settled(a.window, epoch, team, a.patience)) {
+      scatter(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.send_piece_bytes);
+    }
   }
   if (receiver && good()) {
     if (warp < C.num_receive_warps) {

@@ -15,11 +15,11 @@ namespace deep_ep {
 
 class Announcer {
  public:
-  static constexpr int kTokens = 8;  // that share a release
-  static constexpr int kLag = 6;     // pieces that are stored after them before it is made
+  static constexpr int kLag = 6;  // pieces that are stored after a batch before its release is made
 
-  EP_DEVICE Announcer(const Window& window, uint32_t epoch)
-      : window_(window), epoch_(epoch), batch_(min_of(kTokens, 32 / window.num_ranks)) {}
+  // `batch`: tokens that share a release, at most. A smaller one costs the sender more, and tells the peers sooner.
+  EP_DEVICE Announcer(const Window& window, uint32_t epoch, int batch)
+      : window_(window), epoch_(epoch), batch_(min_of(batch, 32 / window.num_ranks)) {}
 
   // Piece number `pieces` was the last of a token that goes to `slot_at_rank` of rank r on lane r (-1: not there).
   EP_DEVICE void add(int slot_at_rank, int pieces) {

@@ -16,9 +16,8 @@
 
 namespace deep_ep {
 
-// What comes from the peers, in about the order in which it is sent: the first token of every (source, sending block),
-// then the second of each, and so on. A warp looks at 32 of its share at a time, one a lane, and takes whichever has
-// come.
+// What comes from the peers, in about the order in which it is sent: the first token of every source, then the second
+// of each, and so on. A warp looks at 32 of its share at a time, one a lane, and takes whichever has come.
 class Arrivals {
  public:
   // What one item is: a slot of a source; -1 where there is none.
@@ -29,20 +28,10 @@ class Arrivals {
   EP_DEVICE Arrivals(const Window& window, uint32_t epoch, const Tables& tables, const device::Patience& patience,
                      int first, int step)
       : window_(window), epoch_(epoch), tables_(tables), patience_(patience), step_(step) {
-    int senders = 0, rounds = 0;
-    EP_NO_UNROLL
-    for (int source = 0; source < window.num_ranks; ++source) {
-      if (source == window.rank) continue;
-      const int* starts = tables.starts + source * (kMaxBlocks + 1);
-      EP_NO_UNROLL
-      for (int block = device::lane_idx(); block < kMaxBlocks; block += 32) {
-        const int tokens = starts[block + 1] - starts[block];
-        if (tokens > 0) senders = block + 1;
-        rounds = tokens > rounds ? tokens : rounds;
-      }
-    }
-    senders_ = device::reduce_max(senders);
-    items_ = device::reduce_max(rounds) * senders_ * (window.num_ranks - 1);
+    const int source = device::lane_idx();
+    const bool is_peer = source < window.num_ranks && source != window.rank;
+    const int rounds = is_peer ? tables.row_base[source + 1] - tables.row_base[source] : 0;
+    items_ = device::reduce_max(rounds) * (window.num_ranks - 1);
     look_at(first);
   }
 
@@ -82,10 +71,9 @@ class Arrivals {
   EP_DEVICE Item at(int item) const {
     if (item >= items_) return {-1, -1};
     const int peers = window_.num_ranks - 1;
-    const int other = item % peers, block = item / peers % senders_, round = item / peers / senders_;
+    const int other = item % peers, slot = item / peers;
     const int source = other < window_.rank ? other : other + 1;
-    const int* starts = tables_.starts + source * (kMaxBlocks + 1) + block;
-    return {source, starts[0] + round < starts[1] ? starts[0] + round : -1};
+    return {source, slot < tables_.row_base[source + 1] - tables_.row_base[source] ? slot : -1};
   }
 
   EP_DEVICE uint32_t seen() const {
@@ -113,7 +101,7 @@ class Arrivals {
   const Tables& tables_;
   const device::Patience& patience_;
   const int step_;
-  int senders_, items_, first_;
+  int items_, first_;
   Item mine_ = {-1, -1};
   uint32_t left_ = 0, came_ = 0;  // lanes whose item is still to be taken; of those, whose has come
   bool failed_ = false;
@@ -141,10 +129,12 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
       token = ahead;
       choice = next;
       ahead += num_warps;
-      next = load_choice(routing, token_tables, ahead, range.end);
       const Selection selection = select(routing, choice.expert);
       const uint32_t here = device::ballot(selection.speaks && selection.rank == window.rank);
-      if (here == 0) continue;
+      if (here == 0) {
+        next = load_choice(routing, token_tables, ahead, range.end);
+        continue;
+      }
       source = window.rank;
       row = tables.row_base[source] + device::shuffle(choice.slot, lowest_bit(here));
       from = rows.x + token * rows.stride;
@@ -172,7 +162,6 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
     const int bytes = min_of(piece_bytes, record.row_bytes - offset);
     const bool composed = source == window.rank;
     if (with_tail && composed) compose_tail(routing, token_tables.scales, token, choice, stage.data + bytes);
-    device::fence_async_proxy_shared();
     device::sync_warp();
     if (device::elect()) {
       stage.ticket->row = row;
@@ -185,6 +174,7 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
       device::bulk_load(stage.data, from + offset, loaded, *stage.full);
     }
     device::sync_warp();
+    if (with_tail && composed) next = load_choice(routing, token_tables, ahead, range.end);
     if (++piece == num_pieces) piece = 0;
     return Filled::kYes;
   };

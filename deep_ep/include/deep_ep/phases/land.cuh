@@ -33,74 +33,60 @@ struct Received {
   Padding padding;  // of the expanded layout
 };
 
-// Lane k learns the row of selection k in the expanded layout, or -1; `local` is its expert here, or -1. Where no handle
-// knows the rows they are worked out, and kept in the metadata.
-EP_DEVICE int find_rows(const Routing& routing, const Tables& tables, const Received& out, const RoutingTail& tail,
-                        int source, int row, int local) {
-  const int k = device::lane_idx(), num_topk = routing.num_topk;
-  const int64_t entry = int64_t(row) * (num_topk + 2);
-  int expanded = -1;
-  if (out.known_metadata != nullptr) {
-    if (k < num_topk && out.layout == Layout::kExpanded) expanded = out.known_metadata[entry + 2 + k];
-    return expanded < out.expanded_rows ? expanded : -1;
-  }
-  if (local >= 0) expanded = tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k);
-  if (expanded >= out.expanded_rows) expanded = -1;  // more than the worst case: some token names an expert twice
-  const uint32_t chosen = device::ballot(local >= 0);
-  if (k == 0) {
-    out.metadata[entry] = source * routing.max_tokens + tail.token();
-    out.metadata[entry + 1] = source * num_topk + highest_bit(chosen);
-  }
-  if (k < num_topk) out.metadata[entry + 2 + k] = expanded;
-  return expanded;
-}
-
-EP_DEVICE void land_scales(const RoutingTail& tail, const Scales& out, int row) {
-  EP_NO_UNROLL
-  for (int i = device::lane_idx(); i < out.count; i += 32) out.at(row, i) = tail.scale(i);
-}
-
-EP_DEVICE void land_beside_plain(const Routing& routing, const RoutingTail& tail, const Received& out, int row,
-                                 int local) {
-  const int k = device::lane_idx();
-  const int64_t entry = int64_t(row) * routing.num_topk + k;
-  if (k < routing.num_topk) {
-    if (routing.index_bytes == 8) {
-      static_cast<int64_t*>(out.topk_idx)[entry] = local;
-    } else {
-      static_cast<int32_t*>(out.topk_idx)[entry] = local;
-    }
-    if (out.weights != nullptr) out.weights[entry] = tail.weight(k);
-  }
-  land_scales(tail, out.scales, row);
-}
-
-// Each of the token's rows has one weight, and all its scale factors.
-EP_DEVICE void land_beside_expanded(const RoutingTail& tail, const Received& out, int row_of_selection) {
-  if (row_of_selection >= 0 && out.weights != nullptr) {
-    out.weights[row_of_selection] = tail.weight(device::lane_idx());
-  }
+// Scale factors go beside the token's row, or beside each of its expanded rows, which lanes hold (or -1).
+EP_DEVICE void land_scales(const RoutingTail& tail, const Received& out, int row, int row_of_selection) {
+  const auto land = [&](int to) {
+    EP_NO_UNROLL
+    for (int i = device::lane_idx(); i < out.scales.count; i += 32) out.scales.at(to, i) = tail.scale(i);
+  };
   if (out.scales.count == 0) return;
+  if (out.layout == Layout::kPlain) return land(row);
   EP_NO_UNROLL
   for (uint32_t left = device::ballot(row_of_selection >= 0); left != 0; left &= left - 1) {
-    land_scales(tail, out.scales, device::shuffle(row_of_selection, lowest_bit(left)));
+    land(device::shuffle(row_of_selection, lowest_bit(left)));
   }
 }
 
-// The tail of plain row `row` lies at `at`. Returns, to lane k, the row of selection k in the expanded layout, or -1.
+// Puts all that comes with plain row `row` where it belongs. Returns, to lane k, the row of selection k in the expanded
+// layout, or -1.
 EP_DEVICE int land_tail(const Window& window, const Routing& routing, const Tables& tables, const Received& out,
                         int source, int row, const char* at) {
   const RoutingTail tail{reinterpret_cast<int32_t*>(const_cast<char*>(at)), routing.num_topk};
-  const int k = device::lane_idx();
-  const int expert = k < routing.num_topk ? tail.expert(k) : -1;
+  const int k = device::lane_idx(), num_topk = routing.num_topk, token = tail.token();
+  const int64_t entry_of_metadata = int64_t(row) * (num_topk + 2);
+  const bool is_known = out.known_metadata != nullptr, is_plain = out.layout == Layout::kPlain;
+  const int expert = k < num_topk ? tail.expert(k) : -1;
+  const float weight = k < num_topk ? tail.weight(k) : 0.0f;
   const bool here = expert >= 0 && routing.rank_of(expert) == window.rank;
   const int local = here ? expert - window.rank * routing.experts_per_rank : -1;
-  const int expanded = find_rows(routing, tables, out, tail, source, row, local);
-  if (out.layout == Layout::kPlain) {
-    land_beside_plain(routing, tail, out, row, local);
-  } else {
-    land_beside_expanded(tail, out, expanded);
+  const uint32_t chosen = device::ballot(here);
+  int expanded = -1;
+  if (!is_known && here) expanded = tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k);
+  if (is_known && !is_plain && k < num_topk) expanded = out.known_metadata[entry_of_metadata + 2 + k];
+  if (expanded >= out.expanded_rows) expanded = -1;  // more than the worst case: some token names an expert twice
+  land_scales(tail, out, row, expanded);
+  device::fence_async_proxy_shared();  // the tail has been read: its stage may be loaded again
+
+  if (!is_known) {
+    int32_t* metadata = out.metadata + entry_of_metadata;
+    if (k == 0) {
+      metadata[0] = source * routing.max_tokens + token;
+      metadata[1] = source * num_topk + highest_bit(chosen);
+    }
+    if (k < num_topk) metadata[2 + k] = expanded;
   }
+  if (!is_plain) {
+    if (expanded >= 0 && out.weights != nullptr) out.weights[expanded] = weight;
+    return expanded;
+  }
+  if (k >= num_topk) return expanded;
+  const int64_t entry = int64_t(row) * num_topk + k;
+  if (routing.index_bytes == 8) {
+    static_cast<int64_t*>(out.topk_idx)[entry] = local;
+  } else {
+    static_cast<int32_t*>(out.topk_idx)[entry] = local;
+  }
+  if (out.weights != nullptr) out.weights[entry] = weight;
   return expanded;
 }
 

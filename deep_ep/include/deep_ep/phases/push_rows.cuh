@@ -2,72 +2,142 @@
 // reads         rows of x that belong to tokens of other ranks, and their weights
 // writes        staged records and arrival marks at those ranks
 // waits for     its own bulk stores (admit has let us in)
-// leaves behind at each owner a whole record before its mark (announce.cuh)
+// leaves behind at each owner all that a token sends there before its mark (announce.cuh)
 
 #include <deep_ep/phases/announce.cuh>
+#include <deep_ep/phases/claims.cuh>
+#include <deep_ep/phases/results.cuh>
 #include <deep_ep/phases/ring.cuh>
-#include <deep_ep/phases/scatter.cuh>
+#include <deep_ep/phases/sum.cuh>
 #include <deep_ep/wire/integers.cuh>
-#include <deep_ep/wire/record.cuh>
 #include <deep_ep/wire/window.cuh>
 
 namespace deep_ep {
 
-// Rows of x by the rank that owns their tokens: inclusive sums over ranks.
-struct RowsByOwner {
-  const int32_t* per_rank;
-  EP_DEVICE int begin(int rank) const { return rank == 0 ? 0 : per_rank[rank - 1]; }
-  EP_DEVICE int count(int rank) const { return per_rank[rank] - begin(rank); }
+// A received token on its way home.
+struct Parcel {
+  int owner = -1, slot = -1, received = -1;  // owner -1: none is left
+  int row = -1;                              // lane k's: of selection k
+  int place = -1;                            // kEveryRow: of selection 0 among the owner's records
+  float weight = 0.0f;                       // lane k's: of selection k
 };
 
-template <class Ring>
-EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Rows& rows, const float* weights,
-                         int num_topk, const RowsByOwner& by_owner, int max_tokens, const Record& record,
-                         int piece_bytes, int first, int step) {
-  const int lane = device::lane_idx(), peers = window.num_ranks - 1;
-  const int most = device::reduce_max(lane < window.num_ranks && lane != window.rank ? by_owner.count(lane) : 0);
-  const int items = most * peers;  // the first row for each owner, then the second, ...
-  int item = first, offset = 0, owner = -1, slot = -1;
-  Announcer announcer(window, epoch);
+// The tokens that are to be sent: the first of each owner, then the second of each, ... A warp takes one at a time.
+class Owed {
+ public:
+  EP_DEVICE Owed(const Window& window, const RowsByOwner& by_owner) : window_(window), claims_(window, Queue::kSend) {
+    const int lane = device::lane_idx();
+    if (lane < window.num_ranks) begin_of_lane_ = by_owner.begin(lane);
+    if (lane < window.num_ranks && lane != window.rank) count_of_lane_ = by_owner.count(lane);
+    items_ = device::reduce_max(count_of_lane_) * (window.num_ranks - 1);
+  }
+
+  EP_DEVICE Parcel next() {
+    const int peers = window_.num_ranks - 1;
+    Parcel parcel;
+    EP_NO_UNROLL
+    while (parcel.owner < 0 && item_ < items_) {
+      item_ = claims_.take();
+      if (item_ >= items_) break;
+      const int other = item_ % peers, slot = item_ / peers;
+      const int owner = other < window_.rank ? other : other + 1;
+      const int begin = device::shuffle(begin_of_lane_, owner), count = device::shuffle(count_of_lane_, owner);
+      if (slot < count) parcel = {owner, slot, begin + slot};
+    }
+    return parcel;
+  }
+
+ private:
+  const Window& window_;
+  Claims claims_;
+  int begin_of_lane_ = 0, count_of_lane_ = 0;  // lane r's: the tokens that rank r owns
+  int item_ = 0, items_;
+};
+
+// Adds `bytes` of the rows that the lanes in `lanes` point to, into a stage.
+EP_DEVICE void add_into(char* stage, uint32_t lanes, const char* row_of_lane, int bytes) {
+  for_columns(bytes, [&](const auto& at) {
+    auto sum = empty_sum(at);
+    sum.add_lanes(lanes, row_of_lane, at);
+    if (at.mine()) sum.rounded().keep(at.of(stage));
+  });
+}
+
+template <Return kReturn, class Ring>
+EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Results& results, int max_tokens,
+                         int piece_bytes) {
+  constexpr int kTokens = 4;  // that share a release
+  const Record& record = results.record;
+  const int lane = device::lane_idx(), num_topk = results.num_topk;
+  const int num_weights = kReturn == Return::kEveryRow ? 1 : num_topk;
+  Announcer announcer(window, epoch, kTokens);
+  Owed owed(window, results.by_owner);
+  // What can be loaded a token ahead: nobody waits for it then.
+  const auto look_ahead = [&] {
+    Parcel parcel = owed.next();
+    if (parcel.owner < 0) return parcel;
+    parcel.row = results.row_of_lane<kReturn>(parcel.received);
+    if constexpr (kReturn == Return::kRow) parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
+    if constexpr (kReturn == Return::kEveryRow) {
+      parcel.place = (results.token(parcel.received) - parcel.owner * max_tokens) * num_topk;
+    }
+    return parcel;
+  };
+  Parcel parcel, next = look_ahead();
+  uint32_t left = 0;  // the lanes whose rows are still to be sent; one lane, where one row stands for all
+  int offset = 0;
 
   const auto fill = [&](Stage stage, bool) {
-    if (offset == 0) {
-      for (; item < items; item += step) {
-        const int other = item % peers;
-        owner = other < window.rank ? other : other + 1;
-        slot = item / peers;
-        if (slot < by_owner.count(owner)) break;
+    const bool begins = left == 0;
+    if (begins) {
+      if (next.owner < 0) return Filled::kNoMore;
+      parcel = next;
+      left = kReturn == Return::kEveryRow ? device::ballot(parcel.row >= 0) : 1u;
+      if constexpr (kReturn != Return::kRow) {
+        parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
       }
-      if (item >= items) return Filled::kNoMore;
     }
-    const int row = by_owner.begin(owner) + slot;
-    const int bytes = min_of(piece_bytes, record.row_bytes - offset);
-    const bool last = offset + bytes == record.row_bytes;
-    if (last && lane < num_topk) {
-      reinterpret_cast<float*>(stage.data + bytes)[lane] =
-          weights != nullptr ? weights[int64_t(row) * num_topk + lane] : 0.0f;
+    const int k = lowest_bit(left), bytes = min_of(piece_bytes, record.row_bytes - offset);
+    const bool row_ends = offset + bytes == record.row_bytes, last = row_ends && (left & (left - 1)) == 0;
+    const char* from = results.row(parcel.row) + offset;
+    if constexpr (kReturn == Return::kSum) {
+      add_into(stage.data, device::ballot(parcel.row >= 0), from, bytes);
+    } else {
+      from = reinterpret_cast<const char*>(device::shuffle(reinterpret_cast<uint64_t>(from), k));
     }
-    device::fence_async_proxy_shared();
+    float* tail = reinterpret_cast<float*>(stage.data + bytes);
+    const int entry = kReturn == Return::kEveryRow ? lane - k : lane;  // a row's own weight, or those of all selections
+    if (row_ends && entry >= 0 && entry < num_weights) tail[entry] = parcel.weight;
+    if (row_ends || kReturn == Return::kSum) device::fence_async_proxy_shared();
     device::sync_warp();
     if (device::elect()) {
-      *stage.ticket = {.row = slot,
-                       .source = owner,
+      *stage.ticket = {.token = parcel.place + k,
+                       .row = parcel.slot,
+                       .source = parcel.owner,
                        .offset = offset,
-                       .bytes = last ? bytes + record.tail_bytes : bytes,
+                       .bytes = row_ends ? bytes + record.tail_bytes : bytes,
                        .last = last};
-      device::mbarrier_arrive_expect(*stage.full, bytes);
-      device::bulk_load(stage.data, rows.x + row * rows.stride + offset, bytes, *stage.full);
+      if constexpr (kReturn == Return::kSum) {
+        device::mbarrier_arrive(*stage.full);
+      } else {
+        device::mbarrier_arrive_expect(*stage.full, bytes);
+        device::bulk_load(stage.data, from, bytes, *stage.full);
+      }
     }
     device::sync_warp();
-    offset = last ? 0 : offset + bytes;
-    if (last) item += step;
+    // Behind the load and, in long rows, before the last piece's fence, which would wait for it.
+    if (begins) next = look_ahead();
+    offset = row_ends ? 0 : offset + bytes;
+    if (row_ends) left &= left - 1;
     return Filled::kYes;
   };
   int drained = 0;
   const auto drain = [&](Stage stage) {
     const Ticket& ticket = *stage.ticket;
     if (device::elect()) {
-      char* to = staged(window, ticket.source, window.rank, ticket.row, max_tokens, record.bytes());
+      char* to = kReturn == Return::kEveryRow
+                     ? returned(window, ticket.source, ticket.token, record.bytes())
+                     : staged(window, ticket.source, window.rank, ticket.row, max_tokens, record.bytes());
       device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
     }
     ++drained;

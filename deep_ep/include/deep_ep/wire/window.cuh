@@ -3,10 +3,11 @@
 // at the same offsets (deep_ep/layout.py owns the table), so an address is a base plus an offset.
 //
 //   control    epoch, drained marks                            written by this rank and, a word each, by its peers
-//   partials   one word per (block, expert or rank)            written and read by this rank's blocks only
+//   partials   one word per (block, expert or rank), and one   written and read by this rank's blocks only
 //   messages   one Message per source rank                     written by that source
 //   arrived    one word per (source rank, slot)                written by that source
 //   rows       one record per (source rank, slot)              written by that source; a rank keeps none for itself
+//              or one per (token, selection) of this rank      written by the rank of the selection's expert
 
 #include <deep_ep/device/device.cuh>
 #include <deep_ep/limits.cuh>
@@ -18,9 +19,13 @@ namespace deep_ep {
 struct Control {
   uint32_t epoch;               // of the last finished operation
   uint32_t blocks_done;         // blocks of the running operation that have finished
-  uint32_t reserved[30];        // the words above are this rank's own; peers write the next cache line
+  uint32_t claimed[2];          // [queue]: items of the running operation that warps have taken
+  uint32_t reserved[28];        // the words above are this rank's own; peers write the next cache line
   uint32_t drained[kMaxRanks];  // [r]: the last operation in which rank r has read all that this rank sent to it
 };
+
+// What warps share out among them as they get to it (claims.cuh).
+enum class Queue { kSend, kReceive };
 
 struct Window {
   char* base[kMaxRanks];  // as this rank addresses them
@@ -32,9 +37,12 @@ struct Window {
 
 EP_DEVICE Control& control(const Window& window, int at) { return *reinterpret_cast<Control*>(window.base[at]); }
 
-// Word `index` of what block `block` of this rank counted.
+// What block `block` of this rank counted, and, last, that it has settled its tokens' places.
+constexpr int kPartialWords = kMaxExperts + kMaxRanks + 1;
+constexpr int kSettledWord = kPartialWords - 1;
+
 EP_DEVICE uint64_t* partials(const Window& window, int block) {
-  return reinterpret_cast<uint64_t*>(window.base[window.rank] + window.partials) + block * (kMaxExperts + kMaxRanks);
+  return reinterpret_cast<uint64_t*>(window.base[window.rank] + window.partials) + block * kPartialWords;
 }
 
 // The message that lies at rank `at` and that rank `from` wrote.
@@ -51,6 +59,12 @@ EP_DEVICE uint32_t* arrived(const Window& window, int at, int from, int slot) {
 EP_DEVICE char* staged(const Window& window, int at, int from, int slot, int max_tokens, int record_bytes) {
   const int64_t place = from < at ? from : from - 1;
   return window.base[at] + window.rows + (place * max_tokens + slot) * record_bytes;
+}
+
+// Record `place` of those that combine brings to rank `at` when every selection has its own: token x num_topk + k. Any
+// rank may write it, since one rank has the selection's expert.
+EP_DEVICE char* returned(const Window& window, int at, int64_t place, int record_bytes) {
+  return window.base[at] + window.rows + place * record_bytes;
 }
 
 }  // namespace deep_ep

@@ -1,0 +1,55 @@
+#pragma once
+// What combine is given: rows of x in either layout, whose tokens they belong to, and what of them goes home.
+
+#include <deep_ep/phases/scatter.cuh>
+#include <deep_ep/wire/record.cuh>
+
+namespace deep_ep {
+
+// What of a token comes home from a rank that it went to.
+enum class Return {
+  kRow,       // plain layout: the rank's row
+  kSum,       // expanded layout: the sum of the rank's rows, rounded
+  kEveryRow,  // expanded layout: each of them, in a record of its own
+};
+
+// Rows of the plain layout by the rank that owns their tokens: inclusive sums over ranks.
+struct RowsByOwner {
+  const int32_t* per_rank;
+  EP_DEVICE int begin(int rank) const { return rank == 0 ? 0 : per_rank[rank - 1]; }
+  EP_DEVICE int count(int rank) const { return per_rank[rank] - begin(rank); }
+};
+
+// A received token has a number, its row of the plain layout; the expanded layout has a row for each of its local
+// selections.
+struct Results {
+  Rows rows;                // of x, as dispatch returned them
+  const float* weights;     // [received tokens, num_topk]; expanded: [rows]; or null
+  const int32_t* metadata;  // [received tokens, num_topk + 2]; the expanded layout's alone is looked at
+  RowsByOwner by_owner;
+  Record record;  // in which they travel
+  int32_t num_topk;
+
+  // Lane k learns the row of selection k, or -1. In the plain layout all share one.
+  template <Return kReturn>
+  EP_DEVICE int row_of_lane(int received) const {
+    if constexpr (kReturn == Return::kRow) return received;
+    const int k = device::lane_idx();
+    return k < num_topk ? metadata[int64_t(received) * (num_topk + 2) + 2 + k] : -1;
+  }
+
+  // Lane k learns the weight of selection k, or 0.
+  template <Return kReturn>
+  EP_DEVICE float weight_of_lane(int received, int row_of_lane) const {
+    const int k = device::lane_idx();
+    if (weights == nullptr || k >= num_topk || row_of_lane < 0) return 0.0f;
+    return kReturn == Return::kRow ? weights[int64_t(received) * num_topk + k] : weights[row_of_lane];
+  }
+
+  // Which token it is, among those of all ranks.
+  EP_DEVICE int token(int received) const { return metadata[int64_t(received) * (num_topk + 2)]; }
+
+  EP_DEVICE const char* row(int index) const { return rows.x + index * rows.stride; }
+};
+
+}  // namespace deep_ep

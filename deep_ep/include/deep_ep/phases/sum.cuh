@@ -1,0 +1,127 @@
+#pragma once
+// How a warp adds rows of bfloat16: in registers, in float32, kTogether vectors of a lane at a time. Plain loads and
+// stores; rows lie in global memory.
+
+#include <deep_ep/device/device.cuh>
+#include <deep_ep/wire/integers.cuh>
+
+namespace deep_ep {
+
+constexpr int kVectorBytes = int(sizeof(device::Vector16));
+constexpr int kStride = 32 * kVectorBytes;  // bytes that a warp takes in at once
+
+// A part of a row: of each lane, kTogether vectors that lie kStride apart.
+template <int kTogether>
+struct Columns {
+  int offset, row_bytes;  // of this lane's first vector; of the row
+
+  // Behind a row's end a lane has nothing to store. It loads what the row's last lane loads: all lanes stay together.
+  EP_DEVICE bool mine() const { return kTogether > 1 || offset < row_bytes; }
+  template <class Byte>
+  EP_DEVICE Byte* of(Byte* row) const {
+    return row + (kTogether > 1 ? offset : min_of(offset, row_bytes - kVectorBytes));
+  }
+};
+
+// Calls add(Columns<kTogether>) for every part of a row, collectively: four vectors of a lane while they last, so that
+// many loads are under way, then single ones.
+template <class Add>
+EP_DEVICE void for_columns(int row_bytes, Add add) {
+  constexpr int kTogether = 4;
+  const int lane_offset = device::lane_idx() * kVectorBytes;
+  int begin = 0;
+  EP_NO_UNROLL
+  for (; begin + kTogether * kStride <= row_bytes; begin += kTogether * kStride) {
+    add(Columns<kTogether>{begin + lane_offset, row_bytes});
+  }
+  EP_NO_UNROLL
+  for (; begin < row_bytes; begin += kStride) add(Columns<1>{begin + lane_offset, row_bytes});
+}
+
+// The bfloat16 of a lane's columns.
+template <int kTogether>
+struct Rounded {
+  device::Vector16 at[kTogether];
+
+  EP_DEVICE static Rounded load(const char* row) {
+    Rounded loaded;
+    for (int v = 0; v < kTogether; ++v) {
+      loaded.at[v] = device::load_streaming(reinterpret_cast<const device::Vector16*>(row + v * kStride));
+    }
+    return loaded;
+  }
+
+  // To global memory, where nobody looks again soon.
+  EP_DEVICE void stream(char* to) const {
+    for (int v = 0; v < kTogether; ++v) {
+      device::store_streaming(reinterpret_cast<device::Vector16*>(to + v * kStride), at[v]);
+    }
+  }
+
+  // To shared memory.
+  EP_DEVICE void keep(char* to) const {
+    for (int v = 0; v < kTogether; ++v) *reinterpret_cast<device::Vector16*>(to + v * kStride) = at[v];
+  }
+};
+
+template <int kTogether>
+class Sum {
+ public:
+  EP_DEVICE void add(const Rounded<kTogether>& row) {
+    for (int v = 0; v < kTogether; ++v) {
+      for (int i = 0; i < 4; ++i) {
+        const device::Float2 pair = device::bf16x2_to_float2(row.at[v].word[i]);
+        sum_[v][2 * i] += pair.x;
+        sum_[v][2 * i + 1] += pair.y;
+      }
+    }
+  }
+
+  EP_DEVICE void add(const char* row) { add(Rounded<kTogether>::load(row)); }
+
+  // The first row, then the second; both are loaded before either is added.
+  EP_DEVICE void add(const char* first, const char* second) {
+    const auto a = Rounded<kTogether>::load(first), b = Rounded<kTogether>::load(second);
+    add(a);
+    add(b);
+  }
+
+  // The row of each lane in `lanes`, in the order of the lanes. Collective.
+  EP_DEVICE void add_lanes(uint32_t lanes, const char* row_of_lane, const Columns<kTogether>& at) {
+    const auto take = [&] {
+      const int lane = lowest_bit(lanes);
+      lanes &= lanes - 1;
+      return at.of(reinterpret_cast<const char*>(device::shuffle(reinterpret_cast<uint64_t>(row_of_lane), lane)));
+    };
+    EP_NO_UNROLL
+    while (lanes != 0) {
+      const char* first = take();
+      if (lanes == 0) {
+        add(first);
+      } else {
+        add(first, take());
+      }
+    }
+  }
+
+  EP_DEVICE Rounded<kTogether> rounded() const {
+    Rounded<kTogether> result;
+    for (int v = 0; v < kTogether; ++v) {
+      for (int i = 0; i < 4; ++i) {
+        result.at[v].word[i] = device::float2_to_bf16x2({sum_[v][2 * i], sum_[v][2 * i + 1]});
+      }
+    }
+    return result;
+  }
+
+ private:
+  float sum_[kTogether][8] = {};
+};
+
+// A sum of as many vectors as the columns have.
+template <int kTogether>
+EP_DEVICE Sum<kTogether> empty_sum(const Columns<kTogether>&) {
+  return {};
+}
+
+}  // namespace deep_ep
