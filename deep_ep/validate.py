@@ -268,9 +268,3 @@ def is_timing(timing: Timing) -> None:
 def is_event(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, (EventOverlap, EventHandle)):
         raise TypeError(f"{name} must be an EventOverlap, an EventHandle or None, but it is a {type(value).__name__}")
-
-
-def is_there(feature: str, is_used: bool) -> None:
-    """Raise for what this version does not do yet, rather than ignore it."""
-    if is_used:
-        raise NotImplementedError(f"{feature} is not there yet in this version of deep_ep; see README.md for what is")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -250,6 +251,27 @@ def routes_that_are_known(group: dist.ProcessGroup, device: torch.device) -> Non
     second.destroy()
 
 
+def what_the_guide_shows(group: dist.ProcessGroup, device: torch.device) -> None:
+    """The functions of docs/guide.md, as they stand there."""
+    guide: dict[str, Any] = {"torch": torch}
+    for code in re.findall(r"```python\n(.*?)```", (ranks.ROOT / "docs" / "guide.md").read_text(), re.DOTALL):
+        if re.search("^def ", code, re.MULTILINE):
+            exec(code, guide)
+    buffer = build(group)
+    x, num_experts = tokens(buffer, device), 2 * group.size()
+    idx = (torch.arange(2 * TOKENS).reshape(TOKENS, 2) % num_experts).to(device, deep_ep.topk_idx_t)
+    given = (buffer, x, idx, torch.ones(TOKENS, 2, device=device), num_experts)
+    assert guide["moe_layer"](*given, lambda recv_x, *_: recv_x).shape == x.shape
+    cast = guide["dispatch_fp8"](*given)[0]
+    identity = torch.eye(HIDDEN, dtype=torch.bfloat16, device=device).repeat(2, 1, 1)
+    y, row_weights, handle = guide["experts_as_one_grouped_gemm"](*given, identity)
+    assert cast.shape[0] == handle.num_recv_tokens
+    assert row_weights.shape == (handle.num_expanded_tokens,)
+    same(y, buffer.dispatch(x, handle=handle, do_expand=True, do_zero_padding=True)[0])
+    assert guide["gradient_of_combine"](buffer, x, handle).shape == y.shape
+    buffer.destroy()
+
+
 def tokens(buffer: ElasticBuffer, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(buffer.rank_idx)
     return torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16().to(device)
@@ -294,6 +316,7 @@ WAYS: tuple[Callable[[dist.ProcessGroup, torch.device], None], ...] = (
     more_rows_than_the_worst_case,
     quantised_rows,
     routes_that_are_known,
+    what_the_guide_shows,
 )
 
 

@@ -67,7 +67,7 @@ BUGS = (
     # The copy engine does not see what threads did to a stage: one for each place where it must.
     Bug("scatter-without-fence", "phases/scatter.cuh", FENCE_SHARED, "", RACE),
     Bug("push-without-fence", "phases/push_rows.cuh", "if (row_ends || kReturn == Return::kSum)", "if (false)", RACE),
-    Bug("landed-without-fence", "phases/copy_out.cuh", "device::fence_async_proxy_shared();  // the tail", "//", RACE),
+    Bug("landed-without-fence", "phases/land.cuh", "device::fence_async_proxy_shared();  // the tail", "//", RACE),
     # Nor what was acquired from a peer.
     Bug("arrivals-without-fence", "phases/copy_out.cuh", FENCE_GLOBAL, "", RACE),
     Bug("admit-without-fence", "phases/admit.cuh", "  device::fence_async_proxy_global();", "", RACE),

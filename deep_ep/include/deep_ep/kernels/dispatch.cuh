@@ -49,8 +49,8 @@ struct DispatchArgs {
   Rows rows;
   const float* weights;  // [num_tokens, num_topk] or null
   Scales scales;         // [num_tokens, count]
-  Places sent;  // what senders work out; in a launch without senders, or with a handle, what an earlier one did
-  Places kept;  // what receivers work out for themselves, so that no half waits for the other
+  Places sent;           // what senders work out; in a launch without senders or with a handle, what an earlier one did
+  Places kept;           // what receivers work out for themselves, so that no half waits for the other
   Received received;
   Counts counts;
   void* kept_idx;       // [num_tokens, num_topk], null or where a copy of topk_idx goes

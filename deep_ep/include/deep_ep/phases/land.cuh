@@ -58,7 +58,8 @@ EP_DEVICE void land_scales(const RoutingTail& tail, const Received& out, int row
   }
 }
 
-// The tail of plain row `row` lies at `at`. Returns, to lane k, the row of selection k in the expanded layout, or -1.
+// Puts all that comes with plain row `row` where it belongs. Returns, to lane k, the row of selection k in the expanded
+// layout, or -1.
 EP_DEVICE int land_tail(const Window& window, const Routing& routing, const Tables& tables, const Received& out,
                         int source, int row, const char* at) {
   const RoutingTail tail{reinterpret_cast<int32_t*>(const_cast<char*>(at)), routing.num_topk};
@@ -90,6 +91,18 @@ EP_DEVICE int land_tail(const Window& window, const Routing& routing, const Tabl
   } else {
     static_cast<int32_t*>(out.topk_idx)[entry] = local;
   }
+  if (!is_plain) {
+    if (expanded >= 0 && out.weights != nullptr) out.weights[expanded] = weight;
+    return expanded;
+  }
+  if (k >= num_topk) return expanded;
+  const int64_t entry = int64_t(row) * num_topk + k;
+  if (routing.index_bytes == 8) {
+    static_cast<int64_t*>(out.topk_idx)[entry] = local;
+  } else {
+    static_cast<int32_t*>(out.topk_idx)[entry] = local;
+  }
+  if (out.weights != nullptr) out.weights[entry] = weight;
   return expanded;
 }
 

@@ -8,8 +8,7 @@
 
 #include <deep_ep/phases/report.cuh>
 #include <deep_ep/phases/tables.cuh>
-#include <deep_ep/wire/integers.cuh>
-#include <deep_ep/wire/routing.cuh>
+#include <deep_ep/wire/window.cuh>
 
 namespace deep_ep {
 
