@@ -32,8 +32,8 @@ class Case:
     num_sms: int
     spare_tokens: int
     options: Options | None = None  # of the dispatch; None: a plain one of bfloat16 rows
-    combining: combines.Options = combines.PLAIN
     again: tuple[Options, ...] = ()  # of dispatches with the first one's handle, before the combine
+    combining: combines.Options = combines.PLAIN
 
     @property
     def first(self) -> Options:
@@ -65,7 +65,7 @@ class Case:
             Options.draw(r, 8 * r.randint(1, 64), with_weights=r.random() < 0.5, longest=longest)
             for _ in range(r.choice([0, 0, 1, 1, 2]))
         ]
-        return replace(case, options=first, combining=combines.Options.draw(r), again=tuple(again))
+        return replace(case, options=first, again=tuple(again), combining=combines.Options.draw(r))
 
 
 class Trip:

@@ -196,8 +196,8 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
             options=Options(
                 hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True, with_stats=True
             ),
-            combining=combining,
             again=(Options(hidden, with_weights=True, do_expand=r.random() < 0.5),) * idx,
+            combining=combining,
         )
         for idx in range(2)
     )

@@ -91,18 +91,6 @@ EP_DEVICE int land_tail(const Window& window, const Routing& routing, const Tabl
   } else {
     static_cast<int32_t*>(out.topk_idx)[entry] = local;
   }
-  if (!is_plain) {
-    if (expanded >= 0 && out.weights != nullptr) out.weights[expanded] = weight;
-    return expanded;
-  }
-  if (k >= num_topk) return expanded;
-  const int64_t entry = int64_t(row) * num_topk + k;
-  if (routing.index_bytes == 8) {
-    static_cast<int64_t*>(out.topk_idx)[entry] = local;
-  } else {
-    static_cast<int32_t*>(out.topk_idx)[entry] = local;
-  }
-  if (out.weights != nullptr) out.weights[entry] = weight;
   return expanded;
 }
 

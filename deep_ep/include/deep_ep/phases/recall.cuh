@@ -14,12 +14,7 @@ namespace deep_ep {
 
 EP_DEVICE void recall(const Window& window, int experts_per_rank, const Counts& known, const Tables& tables) {
   const int thread = device::thread_idx(), num_threads = device::num_threads();
-  const auto rows_before = [&](int source) { return source == 0 ? 0 : known.per_rank[source - 1]; };
-
-  EP_NO_UNROLL
-  for (int source = thread; source <= window.num_ranks; source += num_threads) {
-    tables.row_base[source] = rows_before(source);
-  }
+  if (thread <= window.num_ranks) tables.row_base[thread] = thread == 0 ? 0 : known.per_rank[thread - 1];
   EP_NO_UNROLL
   for (int e = thread; e < experts_per_rank; e += num_threads) {
     tables.expert_total[e] = known.per_expert[e];
