@@ -12,7 +12,7 @@ from deep_ep.calls.endpoint import Endpoint, Half, Tensors
 from deep_ep.calls.payload import Payload
 from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer, set_launch_fields
+from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing, Rows, pointer, set_launch_fields
 from deep_ep.ops.dispatch import Counts, DispatchArgs, Layout, Padding, Places, Received, Scales, dispatch_kernel
 
 TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -56,6 +56,12 @@ class DispatchRequest:
     zero_padding: bool
     col_major_scales: bool
     timing: Timing
+
+    @property
+    def plan_flags(self) -> PlanFlag:
+        """What every rank must say alike."""
+        weights = PlanFlag.WEIGHTS if self.weights is not None else PlanFlag(0)
+        return weights | (PlanFlag.SCALES if self.payload.scales is not None else PlanFlag(0))
 
 
 def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
@@ -254,6 +260,7 @@ def _arguments(
         sent=Places(slots, positions),
         kept=Places(kept_slots, kept_positions),
         alignment=request.alignment,
+        plan_flags=request.plan_flags,
         num_place_warps=plan.num_place_warps(
             endpoint.roles.dispatch, request.num_experts, endpoint.num_ranks, endpoint.shared_limit
         ),
