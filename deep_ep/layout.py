@@ -23,6 +23,7 @@ LINE_BYTES = 128  # of memory and of the link
 SECTOR_BYTES = 32  # what memory writes at least
 WORD_BYTES = 8  # value and epoch
 MARK_BYTES = 4
+PLAN_WORDS = 5  # what a source says that it calls
 PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS + 1  # of a block: what it counted, and that it has settled places
 ARRIVED_SHARE = 64  # one part in so many of a window holds arrival marks, whatever the tokens will be
 
@@ -97,8 +98,8 @@ def staged_bytes(num_ranks: int, num_max_tokens: int, record: Record, rows_of_to
 
 
 def message_words(num_ranks: int) -> int:
-    """8-byte words of what a source tells a peer: its tokens, and a count for each expert."""
-    return 1 + MAX_EXPERTS // num_ranks
+    """8-byte words of what a source tells a peer: its tokens, what it calls, and a count for each expert."""
+    return 1 + 2 * PLAN_WORDS + MAX_EXPERTS // num_ranks
 
 
 def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:

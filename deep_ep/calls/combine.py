@@ -11,7 +11,7 @@ from deep_ep import layout, plan, validate
 from deep_ep.calls.endpoint import Endpoint, Half, Tensors
 from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer
+from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing, Rows, pointer
 from deep_ep.ops.combine import CombineArgs, Combined, Results, Return, RowsByOwner, combine_kernel, combine_roles
 
 CombineResult = tuple[torch.Tensor, torch.Tensor | None, EventOverlap]
@@ -121,6 +121,9 @@ def _arguments(
 ) -> CombineArgs:
     """The kernel's arguments, but for the number of sending blocks."""
     handle = request.handle
+    plan_flags = PlanFlag.WEIGHTS if weights is not None else PlanFlag(0)
+    if request.returned is Return.EVERY_ROW:
+        plan_flags |= PlanFlag.EVERY_ROW
     stride = combined_x.shape[1] * combined_x.element_size()
     combined = Combined(x=combined_x.data_ptr(), stride=stride, weights=pointer(combined_weights))
     for i, bias in enumerate(request.biases):
@@ -140,6 +143,7 @@ def _arguments(
             num_topk=handle.num_topk,
         ),
         combined=combined,
+        plan_flags=plan_flags,
         piece_bytes=ring.piece_bytes,
         stage_bytes=ring.stage_bytes,
     )

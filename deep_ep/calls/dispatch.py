@@ -13,7 +13,7 @@ from deep_ep.calls.payload import Payload
 from deep_ep.calls.received import Outputs, Routes, Sizes
 from deep_ep.event import CallOrder, EventOverlap, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer, set_launch_fields
+from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing, Rows, pointer, set_launch_fields
 from deep_ep.ops.dispatch import DispatchArgs, Layout, Padding, Places, PlacesFrom, Scales, dispatch_kernel
 
 TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -73,6 +73,18 @@ class DispatchRequest:
     @property
     def places_from(self) -> PlacesFrom:
         return PlacesFrom.SELECTIONS if self.routing.handle is None else PlacesFrom.HANDLE
+
+    @property
+    def plan_flags(self) -> PlanFlag:
+        """What every rank must say alike."""
+        flags = PlanFlag(0)
+        if self.weights is not None:
+            flags |= PlanFlag.WEIGHTS
+        if self.payload.scales is not None:
+            flags |= PlanFlag.SCALES
+        if self.routing.handle is not None:
+            flags |= PlanFlag.CACHED
+        return flags
 
 
 def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
@@ -179,6 +191,7 @@ class Call:
             scales=Scales.of(request.payload.scales),
             stats=pointer(request.stats),
             alignment=request.routing.alignment,
+            plan_flags=request.plan_flags,
             num_place_warps=plan.num_place_warps(roles, num_experts, num_ranks, limit),
         )
         set_launch_fields(args, launch)

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deep_ep import environment, installation, layout, plan, validate
+from deep_ep import environment, installation, jit, layout, plan, validate
 from deep_ep.errors import EPError, EPTimeoutError
 from deep_ep.event import CallOrder, LastCall, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.jit import Kernel
 from deep_ep.machine import Machine, open_machine, raise_together
 from deep_ep.ops import all_kernels
 from deep_ep.ops.arguments import FaultRecord, Patience, Window
@@ -90,6 +89,13 @@ class Endpoint:
         except Exception as caught:
             error = caught
         raise_together(error, self.machine.all_gather_object)
+        versions = self.machine.all_gather_object(jit.digest_of_headers(jit.INCLUDE_DIR))
+        for rank, version in enumerate(versions):
+            if version != versions[0]:
+                raise EPError(
+                    f"ranks run different versions of deep_ep: rank 0 has headers {versions[0]}, rank {rank} "
+                    f"{version}; install the same one for all of them"
+                )
 
     def named(self, what: str) -> contextlib.AbstractContextManager[Any]:
         """An NVTX range with a name, for profilers; nothing unless EP_USE_NVIDIA_TOOLS asks for it."""
@@ -187,7 +193,7 @@ class Endpoint:
     def _check_fault(self) -> None:
         try:
             check_fault(self._fault.tensor, self.rank)
-        except EPTimeoutError as error:
+        except EPError as error:
             self._broken = f"an earlier call failed ({error})"
             raise
 
@@ -250,7 +256,7 @@ class Endpoint:
 
     def launch(
         self,
-        kernel: Kernel,
+        kernel: jit.Kernel,
         args: Any,
         *,
         roles: plan.Roles | plan.CombineRoles,

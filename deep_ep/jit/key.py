@@ -31,6 +31,12 @@ def make_key(toolchain: Toolchain, sources: Mapping[str, bytes]) -> str:
     return _labelled_digest(_ingredients(toolchain, sources))
 
 
+def digest_of_headers(folder: Path) -> str:
+    """What all headers below a folder say, in 12 hexadecimal digits."""
+    headers = sorted((path.relative_to(folder).as_posix(), path.read_bytes()) for path in folder.rglob("*.cuh"))
+    return _labelled_digest(headers)[:12]
+
+
 def _ingredients(toolchain: Toolchain, sources: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
     yield "schema", SCHEMA.encode()
     yield "toolchain", toolchain.name.encode()

@@ -6,6 +6,7 @@ Generated static_asserts hold each offset, so Python and C++ cannot drift apart.
 from __future__ import annotations
 
 import ctypes
+import enum
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,6 +102,15 @@ class Rows(ctypes.Structure):
     @staticmethod
     def of(x: torch.Tensor) -> Rows:
         return Rows(x.data_ptr(), x.stride(0) * x.element_size())
+
+
+class PlanFlag(enum.IntFlag):
+    """What every rank must say alike of a call, beside its sizes (include/deep_ep/wire/plan.cuh)."""
+
+    WEIGHTS = 1
+    CACHED = 2
+    SCALES = 4
+    EVERY_ROW = 8
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

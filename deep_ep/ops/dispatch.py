@@ -102,6 +102,7 @@ class DispatchArgs(ctypes.Structure):
         ("stats", ctypes.c_void_p),
         ("host_words", ctypes.c_void_p),
         ("alignment", ctypes.c_int32),
+        ("plan_flags", ctypes.c_int32),
         ("num_place_warps", ctypes.c_int32),
         *LAUNCH_FIELDS,
     ]

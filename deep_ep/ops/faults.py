@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from deep_ep.errors import EPTimeoutError
-from deep_ep.ops.arguments import FaultRecord
+from deep_ep.errors import EPError, EPTimeoutError
+from deep_ep.ops.arguments import FaultRecord, PlanFlag
 
 READABLE = 2  # FaultRecord.state
 
@@ -17,7 +17,20 @@ PHASES = {
     4: "copy_out: for a token of rank {peer}",
     5: "reduce: for a partial result of rank {peer}",
     6: "settle: for another block of its own to place its tokens",
+    7: "agree: for rank {peer} to make the same call",
 }
+
+# No wait: a rank called something else. The words of include/deep_ep/wire/plan.cuh, in their order.
+DIFFER = 8
+PHASE_BITS = 8
+OPERATIONS = {1: "dispatch", 2: "combine"}
+FLAGS = {
+    PlanFlag.WEIGHTS: "topk_weights",
+    PlanFlag.CACHED: "a handle",
+    PlanFlag.SCALES: "scale factors",
+    PlanFlag.EVERY_ROW: "allow_multiple_reduction=False",
+}
+SIZES = ("num_experts", "num_max_tokens_per_rank", "bytes of a row", "bytes beside a row")
 
 
 def check_fault(words: torch.Tensor, rank: int) -> None:
@@ -29,10 +42,16 @@ def check_fault(words: torch.Tensor, rank: int) -> None:
 
     Raises:
         EPTimeoutError: a wait of a kernel timed out.
+        EPError: a peer made another call.
     """
     if int(words[0]) != READABLE:
         return
     fault = FaultRecord.from_buffer_copy(words.numpy().tobytes())
+    if fault.phase % (1 << PHASE_BITS) == DIFFER:
+        raise EPError(
+            f"{difference(fault, rank)}. Every rank must make the same calls in the same order, with the same sizes. "
+            "Destroy this buffer on every rank and build a new one"
+        )
     what = PHASES.get(fault.phase, f"phase {fault.phase}: for rank {{peer}}").format(peer=fault.peer)
     raise EPTimeoutError(
         f"rank {rank} waited {fault.waited_ns / 1e9:.1f} s in {what} (block {fault.block}, thread {fault.thread}; "
@@ -40,3 +59,20 @@ def check_fault(words: torch.Tensor, rank: int) -> None:
         f"see what rank {fault.peer} did instead. Destroy this buffer on every rank and build a new one; "
         "num_gpu_timeout_secs sets the limit"
     )
+
+
+def difference(fault: FaultRecord, rank: int) -> str:
+    """What the peer called, and what this rank did; the record holds the first of the plan's words that differ."""
+    item = fault.phase >> PHASE_BITS
+    if item > 0:
+        size = SIZES[item - 1]
+        return f"rank {fault.peer} made this call with {size} {fault.seen}, rank {rank} with {fault.expected}"
+    theirs, ours = describe_call(fault.seen), describe_call(fault.expected)
+    return f"rank {fault.peer} called {theirs}, rank {rank} called {ours}"
+
+
+def describe_call(what: int) -> str:
+    """The plan's first word in words: an operation, its flags, its selections."""
+    operation = OPERATIONS.get(what & 0xFF, f"operation {what & 0xFF}")
+    flags = "".join(f", {name}" for flag, name in FLAGS.items() if what >> 8 & flag)
+    return f"{operation} (num_topk {what >> 24}{flags})"

@@ -43,6 +43,7 @@ class Bug:
         num_tokens: that a rank sends at least; what shows late needs many.
         num_sms: of every call, at most.
         combining: the layout in which it shows.
+        num_seeds: within which it must be noticed.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Bug:
     num_tokens: int = 3
     num_sms: int = 3
     combining: combines.Options = combines.PLAIN
+    num_seeds: int = MAX_SEEDS
 
 
 SUMS = combines.Options(expanded=True, multiple_reduction=True)
@@ -134,6 +136,15 @@ BUGS = (
     Bug("count-oneself-twice", "phases/place.cuh", "before + device::popcount(same & device::lanes_below())",
         "before + device::popcount(same & device::lanes_below()) + 1", ""),
     # From one operation to the next.
+    Bug(
+        "plan-words-of-all-epochs-in-one-place",
+        "phases/agree.cuh",
+        "(epoch & 1) *",
+        "0 *",
+        DEADLOCK,
+        num_tokens=0,
+        num_seeds=200,
+    ),
     Bug("enter-unadmitted", "phases/admit.cuh", "seen == epoch ? epoch - 1 : seen;", "epoch - 1 + 0 * seen;", RACE),
     Bug("combine-unadmitted", "kernels/combine.cuh", "if (!admit_warp(a.window, epoch, a.patience)) return;", "", RACE),
     Bug("admit-relaxed", "phases/admit.cuh", "load_acquire_sys", "load_relaxed_sys", RACE),
@@ -215,20 +226,24 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
 
 
 def find_error(
-    toolchain: jit.Gxx, num_tokens: int, combining: combines.Options = combines.PLAIN, num_sms: int = 3
+    toolchain: jit.Gxx,
+    num_tokens: int,
+    combining: combines.Options = combines.PLAIN,
+    num_sms: int = 3,
+    num_seeds: int = MAX_SEEDS,
 ) -> tuple[int, str]:
     """Tell stories until one goes wrong.
 
     Returns:
         how many were told, and the error's text, empty if none did.
     """
-    for seed in range(MAX_SEEDS):
+    for seed in range(num_seeds):
         with World(race_detector=True, timeout_s=60) as world:
             try:
                 swarm.tell(draw_story(seed, num_tokens, combining, num_sms), world, toolchain)
             except (AssertionError, SimulationError) as error:
                 return seed + 1, str(error)
-    return MAX_SEEDS, ""
+    return num_seeds, ""
 
 
 def plant(bug: Bug | None) -> tuple[int, str]:
@@ -237,7 +252,7 @@ def plant(bug: Bug | None) -> tuple[int, str]:
         toolchain = patched_toolchain(Path(folder), bug)
         if bug is None:
             return find_error(toolchain, MANY_TOKENS)
-        return find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms)
+        return find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, bug.num_seeds)
 
 
 def summary(text: str) -> str:

@@ -167,6 +167,16 @@ def test_what_fails_on_one_rank_is_told_to_all_before_they_wait_for_it(machine: 
     assert not hasattr(machine, "window")
 
 
+def test_another_version_on_another_rank(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = {None: [None, None]}  # the step in which all say that they are well
+    monkeypatch.setattr(machine, "all_gather_object", lambda value: gather.get(value, [value, "0123456789ab"]))
+    with pytest.raises(
+        EPError, match=r"different versions of deep_ep: rank 0 has headers \w{12}, rank 1 0123456789ab;"
+    ):
+        build()
+    assert machine.num_closed == 1
+
+
 def test_exact_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
     """Senders report the counts, the host allocates, receivers fill."""
     machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)

@@ -120,6 +120,7 @@ EP_ENTRY(use_time, 128, Args) {
   wait_until("another block", [&] { return load_acquire_gpu(args.x + 999) == 1; });
   launch_dependents();
   args.x[thread_idx()] = static_cast<int>(clock_ns());
+  if (args.x[1000] != 0) fault(args.patience, waiting, 5);
 }
 
 EP_ENTRY(use_convert, 128, Args) {

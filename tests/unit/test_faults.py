@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import deep_ep
-from deep_ep.errors import EPTimeoutError
-from deep_ep.ops.arguments import FaultRecord
-from deep_ep.ops.faults import PHASES, READABLE, check_fault
+from deep_ep.errors import EPError, EPTimeoutError
+from deep_ep.layout import PLAN_WORDS
+from deep_ep.ops.arguments import FaultRecord, PlanFlag
+from deep_ep.ops.faults import DIFFER, FLAGS, OPERATIONS, PHASES, READABLE, SIZES, check_fault
 
-HEADER = Path(deep_ep.__file__).parent / "include" / "deep_ep" / "wire" / "phase.cuh"
+WIRE = Path(deep_ep.__file__).parent / "include" / "deep_ep" / "wire"
+HEADER, PLAN_HEADER = WIRE / "phase.cuh", WIRE / "plan.cuh"
 
 
 def words_of(fault: FaultRecord) -> torch.Tensor:
@@ -52,7 +54,34 @@ def test_a_phase_without_a_name_is_still_told() -> None:
 def test_every_phase_of_the_headers_has_words() -> None:
     in_headers = re.findall(r"constexpr uint32_t k(\w+) = (\d+);", HEADER.read_text())
     snake = {int(number): re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower() for name, number in in_headers}
-    assert snake == {number: text.partition(":")[0] for number, text in PHASES.items()}
+    assert snake == {number: text.partition(":")[0] for number, text in PHASES.items()} | {DIFFER: "differ"}
+
+
+def test_every_word_of_a_plan_has_words() -> None:
+    operations, flags = PLAN_HEADER.read_text().split("namespace plan_flag {")
+    constants = re.compile(r"constexpr uint32_t k(\w+) = (\d+);")
+    assert {int(number): name.lower() for name, number in constants.findall(operations)} == OPERATIONS
+    assert [int(number) for _, number in constants.findall(flags)] == list(PlanFlag) == list(FLAGS)
+    assert len(SIZES) + 1 == PLAN_WORDS
+
+
+def differing(item: int, ours: int, theirs: int) -> str:
+    fault = FaultRecord(state=READABLE, phase=DIFFER | item << 8, peer=3, expected=ours, seen=theirs)
+    with pytest.raises(EPError) as caught:
+        check_fault(words_of(fault), rank=1)
+    assert not isinstance(caught.value, EPTimeoutError)
+    assert "Every rank must make the same calls in the same order, with the same sizes." in str(caught.value)
+    return str(caught.value)
+
+
+def test_says_how_calls_differ() -> None:
+    text = differing(0, ours=1 | 1 << 8 | 6 << 24, theirs=2 | 8 << 24)
+    assert text.startswith("rank 3 called combine (num_topk 8), rank 1 called dispatch (num_topk 6, topk_weights).")
+    assert "operation 9" in differing(0, ours=1, theirs=9)
+    text = differing(2, ours=128, theirs=64)
+    assert text.startswith("rank 3 made this call with num_max_tokens_per_rank 64, rank 1 with 128.")
+    for item, size in enumerate(SIZES, start=1):
+        assert f"with {size} 5, rank 1 with 4" in differing(item, ours=4, theirs=5)
 
 
 def test_the_record_is_as_large_as_devices_write_it() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from deep_ep import jit
 from deep_ep.environment import Environment
-from deep_ep.jit.key import make_key, reached_headers
+from deep_ep.jit.key import digest_of_headers, make_key, reached_headers
 from tests.unit.jit_kit import TINY_KERNEL, FakeToolchain, write_headers
 
 SOURCES = {"source.txt": b"#include <deep_ep/kernels/tiny.cuh>\n"}
@@ -157,3 +157,17 @@ def test_flags_and_versions_hold_no_path(toolchain: jit.Toolchain) -> None:
 
 def test_equal_kernels_have_equal_sources() -> None:
     assert jit.generate(TINY_KERNEL) == jit.generate(replace(TINY_KERNEL))
+
+
+def test_the_digest_of_headers(tmp_path: Path) -> None:
+    """What ranks compare: it follows the text and the names of headers, wherever they lie."""
+    for name in ("here", "there"):
+        (tmp_path / name / "phases").mkdir(parents=True)
+        (tmp_path / name / "phases" / "admit.cuh").write_text("admit")
+    digest = digest_of_headers(tmp_path / "here")
+    assert digest == digest_of_headers(tmp_path / "there")
+    assert len(digest) == 12
+    (tmp_path / "there" / "phases" / "admit.cuh").write_text("admit all")
+    assert digest != digest_of_headers(tmp_path / "there")
+    (tmp_path / "here" / "phases" / "admit.cuh").rename(tmp_path / "here" / "admit.cuh")
+    assert digest != digest_of_headers(tmp_path / "here")

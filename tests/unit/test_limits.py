@@ -42,6 +42,7 @@ static_assert(kMaxBlocks == {layout.MAX_BLOCKS});
 static_assert(sizeof(Control) <= {layout.CONTROL_BYTES});
 static_assert(sizeof(Window) == {ctypes.sizeof(Window)});
 static_assert(message_word::kExperts == {layout.message_words(1) - layout.MAX_EXPERTS});
+static_assert(message_word::kPlanWords == {layout.PLAN_WORDS});
 static_assert(sizeof(device::FaultRecord) == {ctypes.sizeof(FaultRecord)});
 
 static_assert(sizeof(Ticket) == {plan.TICKET_BYTES});

@@ -9,6 +9,7 @@
 // compiled for one way to return (results.cuh).
 
 #include <deep_ep/phases/admit.cuh>
+#include <deep_ep/phases/agree.cuh>
 #include <deep_ep/phases/push_rows.cuh>
 #include <deep_ep/phases/reduce.cuh>
 #include <deep_ep/phases/retire.cuh>
@@ -31,6 +32,7 @@ struct CombineArgs {
   const int32_t* slots;  // [num_tokens, num_topk]
   Results results;
   Combined combined;
+  int32_t plan_flags;       // plan.cuh
   int32_t num_send_blocks;  // 1 to all
   int32_t piece_bytes, stage_bytes;
 };
@@ -48,9 +50,14 @@ template <CombineConfig C>
 EP_DEVICE void combine(const CombineArgs& a) {
   static_assert(C.num_send_warps < C.num_warps, "where every block sends, its other warps add");
   const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
+  const Plan plan = plan_of(kCombine, a.plan_flags, a.routing, a.results.record);
+  if (device::block_idx() == 0) propose(a.window, epoch, plan);
   if (sends(a.num_send_blocks) && device::warp_idx() < C.num_send_warps) {
     send<C>(a, epoch);
   } else {
+    // Nothing is indexed by what arrives, so only one warp waits for the answer; the others do its work meanwhile.
+    const bool asks = device::block_idx() == 0 && device::warp_idx() == C.num_warps - 1;
+    if (asks) agree(a.window, epoch, plan, a.patience, device::lane_idx(), 32);
     reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, a.combined);
   }
   retire(a.window, epoch);

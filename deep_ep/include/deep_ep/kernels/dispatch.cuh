@@ -9,6 +9,7 @@
 // pushes run. With the handle of an earlier dispatch all places are known and no counts are exchanged.
 
 #include <deep_ep/phases/admit.cuh>
+#include <deep_ep/phases/agree.cuh>
 #include <deep_ep/phases/blank.cuh>
 #include <deep_ep/phases/collect.cuh>
 #include <deep_ep/phases/copy_out.cuh>
@@ -57,14 +58,15 @@ struct DispatchArgs {
   int32_t* stats;       // [experts_per_rank] or null: grows by what each local expert receives
   int32_t* host_words;  // null, or where a launch of senders only reports the counts
   int32_t alignment;
+  int32_t plan_flags;       // plan.cuh
   int32_t num_place_warps;  // as many as have room for their counts (plan.py)
   int32_t num_send_blocks;  // the others receive
   int32_t send_piece_bytes, send_stage_bytes, receive_piece_bytes, receive_stage_bytes, tables_bytes;
 };
 
 // Finds the place of every token of this block's range, among all tokens of this rank. Senders tell the peers what will
-// come as soon as it is known.
-EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, Range range, const Places& places,
+// come as soon as it is known. Returns, to all threads alike, whether the counts of all blocks came.
+EP_DEVICE bool place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, Range range, const Places& places,
                      const Tables& tables) {
   const int warp = device::warp_idx();
   const bool places_tokens = warp < a.num_place_warps;
@@ -81,7 +83,8 @@ EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, 
   device::sync_block();
   look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
   device::sync_block();
-  if (device::load_relaxed_gpu(tables.ok) != 0) {
+  const bool all_came = device::load_relaxed_gpu(tables.ok) != 0;  // nobody takes it back before the next sync_block
+  if (all_came) {
     if (sends(a.num_send_blocks)) publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
     if (places_tokens) settle(a.routing, share, places.slots, places.positions, counts, tables);
   }
@@ -89,7 +92,8 @@ EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, 
   if (copies && a.kept_idx != nullptr) keep_selections(a.routing, range, a.kept_idx);
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
   device::sync_block();
-  if (device::load_relaxed_gpu(tables.ok) != 0) tell_settled(a.window, epoch);
+  if (all_came) tell_settled(a.window, epoch);
+  return all_came;
 }
 
 template <DispatchConfig C>
@@ -108,13 +112,19 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
 
   if (device::thread_idx() == 0) device::store_relaxed_gpu(tables.ok, 1);
   device::sync_block();
+  const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, a.record);
+  if (sender && team.own() == 0) propose(a.window, epoch, plan);
   if (sender) admit(a.window, epoch, a.patience, tables.ok);
-  if constexpr (kRecalls) {
-    if (receiver) recall(a.window, experts_per_rank, a.counts, tables);
-  } else {
-    if (a.num_send_blocks > 0) place(a, epoch, team, range, places, tables);
-    const bool reports = sender && a.host_words != nullptr && team.own() == 0;
-    if ((receiver || reports) && good()) {
+  const bool placed = kRecalls || a.num_send_blocks == 0 || place(a, epoch, team, range, places, tables);
+
+  const bool reports = !kRecalls && sender && a.host_words != nullptr && team.own() == 0;
+  if ((receiver || reports) && placed) {
+    // The highest threads look at the plans, while the lowest load the counts.
+    const int num_threads = device::num_threads(), highest_first = num_threads - 1 - device::thread_idx();
+    if (!agree(a.window, epoch, plan, a.patience, highest_first, num_threads)) device::store_relaxed_gpu(tables.ok, 0);
+    if constexpr (kRecalls) {
+      recall(a.window, experts_per_rank, a.counts, tables);
+    } else {
       collect(a.window, epoch, experts_per_rank, a.alignment, a.patience, tables);
       if (reports && good()) report_to_host(a.window, experts_per_rank, tables, a.host_words);
       if (receiver && good() && team.own() == 0)

@@ -2,6 +2,7 @@
 // What a source tells each peer before its tokens arrive, as words (word.cuh):
 //
 //   0                      tokens that come
+//   then                   what it calls (plan.cuh), in odd and in even epochs; the other words come in dispatches only
 //   then, [local expert]   selections of the receiver's experts
 
 #include <deep_ep/limits.cuh>
@@ -9,6 +10,8 @@
 namespace deep_ep::message_word {
 
 constexpr int kTokens = 0;
-constexpr int kExperts = 1;
+constexpr int kPlan = 1;
+constexpr int kPlanWords = 5;
+constexpr int kExperts = kPlan + 2 * kPlanWords;
 
 }  // namespace deep_ep::message_word

@@ -82,6 +82,12 @@ EP_DEVICE void record_fault(FaultRecord* fault, const Waiting& waiting, std::uin
 
 }  // namespace detail
 
+// Records a fault that is no timeout: this thread saw something that must not be. All waits of this GPU give up soon.
+EP_DEVICE void fault(const Patience& patience, const Waiting& waiting, std::uint32_t seen,
+                     sim::Site site = sim::Site::current()) {
+  detail::record_fault(patience.fault, waiting, seen, 0, site);
+}
+
 // Polls `load() -> uint32_t` until it equals `waiting.expected`: true. False after the timeout, which it records, or
 // soon after any thread of this GPU recorded a fault; then the caller drains: it starts no other wait and never uses
 // what did not arrive. Orders what `load` orders.

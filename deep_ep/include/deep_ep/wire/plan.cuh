@@ -1,0 +1,39 @@
+#pragma once
+// What every rank must say alike in one operation. Ranks tell each other the values themselves, so that whoever differs
+// can be told in which; deep_ep/ops/faults.py puts them into words.
+
+#include <deep_ep/wire/record.cuh>
+#include <deep_ep/wire/routing.cuh>
+
+namespace deep_ep {
+
+// Operations.
+constexpr uint32_t kDispatch = 1;
+constexpr uint32_t kCombine = 2;
+
+// What changes the meaning of records and counts. What only this rank sees (SMs, alignment, layouts) is no part of it.
+namespace plan_flag {
+constexpr uint32_t kWeights = 1;   // weights travel
+constexpr uint32_t kCached = 2;    // the routing is a handle's
+constexpr uint32_t kScales = 4;    // rows carry scale factors
+constexpr uint32_t kEveryRow = 8;  // combine sends each row of the expanded layout, not their sum
+}  // namespace plan_flag
+
+struct Plan {
+  uint32_t what, num_experts, max_tokens, row_bytes, tail_bytes;
+
+  EP_DEVICE uint32_t word(int item) const {
+    if (item == 0) return what;
+    if (item == 1) return num_experts;
+    if (item == 2) return max_tokens;
+    return item == 3 ? row_bytes : tail_bytes;
+  }
+};
+
+EP_DEVICE Plan plan_of(uint32_t operation, uint32_t flags, const Routing& routing, const Record& record) {
+  return {operation | flags << 8 | static_cast<uint32_t>(routing.num_topk) << 24,
+          static_cast<uint32_t>(routing.num_experts), static_cast<uint32_t>(routing.max_tokens),
+          static_cast<uint32_t>(record.row_bytes), static_cast<uint32_t>(record.tail_bytes)};
+}
+
+}  // namespace deep_ep
