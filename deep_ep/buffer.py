@@ -219,11 +219,16 @@ class ElasticBuffer:
             do_handle_copy: False lets the handle hold ``topk_idx`` itself.
             do_cpu_sync: True (the default): wait for the counts and return exact sizes. False: R*M rows, nothing
                 blocks; rows past the real count have recv_topk_idx -1.
+            do_expand: one row for each (token, local expert), grouped by expert; each group starts at a multiple of
+                ``expert_alignment`` and is ordered by (source rank, token).
+            do_zero_padding: fill the rows between the groups of the expanded layout with zeros, weights and scale
+                factors too.
             use_tma_aligned_col_major_sf: give received scale factors strides (1, rows aligned to 4), not (P, 1).
 
         Returns:
             ``(recv_x [N, H], recv_topk_idx [N, K], recv_topk_weights [N, K] or None, handle, event)``, rows ordered by
-            (source rank, token); recv_topk_idx holds local experts or -1. recv_x is a pair where x is one.
+            (source rank, token); recv_topk_idx holds local experts or -1. recv_x is a pair where x is one. Expanded:
+            recv_x is [X, H], recv_topk_idx None, recv_topk_weights [X].
 
         Raises:
             ValueError, TypeError: an argument; nothing was launched.
@@ -232,8 +237,6 @@ class ElasticBuffer:
         endpoint = self._usable()
         validate.is_there("cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats is not None)
         validate.is_there("handle", handle is not None)
-        validate.is_there("do_expand", do_expand)
-        validate.is_there("do_zero_padding", do_zero_padding)
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
@@ -249,6 +252,8 @@ class ElasticBuffer:
             num_sms=num_sms,
             do_handle_copy=do_handle_copy,
             do_cpu_sync=do_cpu_sync,
+            do_expand=do_expand,
+            do_zero_padding=do_zero_padding,
             use_tma_aligned_col_major_sf=use_tma_aligned_col_major_sf,
             timing=timing,
         )

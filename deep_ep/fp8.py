@@ -78,7 +78,8 @@ def per_token_cast_back(x8: torch.Tensor, sf: torch.Tensor, dtype: torch.dtype =
         raise ValueError(f"sf must be {list(expected)} for x8 of {list(x8.shape)}, but its shape is {list(sf.shape)}")
     scale = sf
     if sf.dtype == torch.int32:
-        scale = _powers_of_two(sf.contiguous().view(torch.uint8)[:, :groups].int())
+        shifts = 8 * torch.arange(PACKED, dtype=torch.int32, device=sf.device)
+        scale = _powers_of_two((sf[:, :, None] >> shifts & 0xFF).flatten(1)[:, :groups])
     return (x8.float() * scale.repeat_interleave(GROUP, dim=1)[:, :hidden]).to(dtype)
 
 

@@ -34,7 +34,7 @@ class EPHandle:
     psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
     """[R] int32, inclusive sums of received tokens by source rank."""
     psum_num_recv_tokens_per_expert: torch.Tensor
-    """[L] int32, inclusive sums of aligned counts (plain layout)."""
+    """[L] int32. Plain: sums of aligned counts up to it. Expanded: where each expert's rows end, without padding."""
     num_unaligned_recv_tokens_per_expert: torch.Tensor
     """[L] int32, counts."""
     recv_src_metadata: torch.Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from deep_ep.layout import MAX_BLOCKS, MAX_RANKS, Record, align
+from deep_ep.layout import MAX_RANKS, Record, align
 
 TICKET_BYTES = 32 + 4 * MAX_RANKS  # what a ring remembers of a piece (include/deep_ep/phases/ring.cuh)
 MBARRIER_BYTES = 8
@@ -95,9 +95,9 @@ ROLES = {
 }
 
 
-def tables_bytes(num_experts: int, num_ranks: int) -> int:
+def tables_bytes(num_experts: int) -> int:
     """Bytes of a dispatch block's tables, as Tables::bytes in include/deep_ep/phases/tables.cuh."""
-    words = 4 + 3 * num_experts + 3 * MAX_RANKS + 4 + num_ranks * (MAX_BLOCKS + 1)
+    words = 4 + 3 * num_experts + 3 * MAX_RANKS + 4
     return align(4 * words, 128)
 
 
@@ -149,7 +149,7 @@ class LaunchPlan:
 
 def plan_dispatch(roles: Roles, record: Record, num_experts: int, num_ranks: int, shared_limit: int) -> LaunchPlan:
     """The plan of a dispatch launch on a machine whose blocks have ``shared_limit`` bytes."""
-    tables = tables_bytes(num_experts, num_ranks)
+    tables = tables_bytes(num_experts)
     send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
     receive = ring(roles.receive, shared_limit - tables, record.row_bytes, record.tail_bytes)
     # Before the rings are used, their memory holds what each warp counts (WarpCounts in phases/place.cuh).
@@ -164,7 +164,7 @@ def warp_counts_bytes(num_experts: int) -> int:
 
 def num_place_warps(roles: Roles, num_experts: int, num_ranks: int, shared_limit: int) -> int:
     """Warps of a dispatch block that find tokens' places: all, or as many as have room for their counts."""
-    room = (shared_limit - tables_bytes(num_experts, num_ranks)) // warp_counts_bytes(num_experts)
+    room = (shared_limit - tables_bytes(num_experts)) // warp_counts_bytes(num_experts)
     return min(roles.num_threads // 32, room)
 
 

@@ -34,9 +34,12 @@ class Dispatched:
     metadata: torch.Tensor
     per_rank: list[int]
     per_expert_aligned: list[int]
+    per_expert_end: list[int]
     per_expert: list[int]
     aligned_list: list[int]
     tokens: list[tuple[int, int]]  # (source, token) of each row
+    expanded: list[tuple[int, int, int] | None]  # (source, token, selection) of each row of the expanded layout
+    worst_case_rows: int  # of the expanded layout
 
 
 def draw(
@@ -49,7 +52,8 @@ def draw(
     num_experts: int,
     kind: str = "random",
 ) -> list[Inputs]:
-    """Inputs of every rank. ``kind``: random, skewed (all to the last rank), masked (no expert), holes (many -1)."""
+    """Inputs of every rank. ``kind``: random, skewed (all to the last rank), masked (no expert), holes (many -1), twice
+    (some experts are named several times), same (every selection names expert 0)."""
     generator = np.random.default_rng(seed)
     local = num_experts // num_ranks
     result = []
@@ -64,6 +68,12 @@ def draw(
             idx[:] = -1
         if kind == "holes":
             idx[generator.random(idx.shape) < 0.4] = -1
+        if kind == "twice":
+            idx = np.where(
+                generator.random((num_tokens, num_topk)) < generator.random((num_tokens, 1)), idx[:, :1], idx
+            )
+        if kind == "same":
+            idx[:] = 0
         result.append(_carrying(generator, torch.from_numpy(idx), hidden, num_scales))
     return result
 
@@ -81,8 +91,15 @@ def _carrying(generator: np.random.Generator, topk_idx: torch.Tensor, hidden: in
     return Inputs(x, scales, topk_idx, weights)
 
 
-def dispatch(inputs: list[Inputs], rank: int, num_experts: int, max_tokens: int, alignment: int) -> Dispatched:
-    """What ``rank`` receives: rows ordered by (source rank, token)."""
+def dispatch(
+    inputs: list[Inputs], rank: int, num_experts: int, max_tokens: int, alignment: int, worst_case: bool
+) -> Dispatched:
+    """What ``rank`` receives: rows ordered by (source rank, token); expanded, by (expert, source rank, token).
+
+    Args:
+        worst_case: the expanded layout has ``worst_case_rows``; experts that are named twice may need more, and rows
+            beyond those are lost.
+    """
     num_ranks = len(inputs)
     local = num_experts // num_ranks
     num_topk = inputs[0].topk_idx.shape[1]
@@ -102,6 +119,10 @@ def dispatch(inputs: list[Inputs], rank: int, num_experts: int, max_tokens: int,
                 per_expert[expert - rank * local] += 1
     aligned = [(count + alignment - 1) // alignment * alignment for count in per_expert]
     next_row = [sum(aligned[:expert]) for expert in range(local)]
+    worst_case_rows = num_ranks * max_tokens * min(num_topk, local) + (alignment - 1) * local
+    worst_case_rows = (worst_case_rows + alignment - 1) // alignment * alignment
+    num_expanded = min(sum(aligned), worst_case_rows) if worst_case else sum(aligned)
+    expanded: list[tuple[int, int, int] | None] = [None] * num_expanded
 
     idx = torch.full((len(tokens), num_topk), -1, dtype=torch.int64)
     metadata = torch.full((len(tokens), num_topk + 2), -1, dtype=torch.int32)
@@ -112,7 +133,9 @@ def dispatch(inputs: list[Inputs], rank: int, num_experts: int, max_tokens: int,
                 here = expert - rank * local
                 idx[row, k] = here
                 metadata[row, 1] = source * num_topk + k
-                metadata[row, 2 + k] = next_row[here]
+                if next_row[here] < num_expanded:
+                    metadata[row, 2 + k] = next_row[here]
+                    expanded[next_row[here]] = (source, token, k)
                 next_row[here] += 1
     return Dispatched(
         x=torch.stack([inputs[s].x[t] for s, t in tokens]) if tokens else inputs[0].x[:0],
@@ -122,9 +145,12 @@ def dispatch(inputs: list[Inputs], rank: int, num_experts: int, max_tokens: int,
         metadata=metadata,
         per_rank=np.cumsum(per_rank).tolist(),
         per_expert_aligned=np.cumsum(aligned).tolist(),
+        per_expert_end=next_row,
         per_expert=per_expert,
         aligned_list=aligned,
         tokens=tokens,
+        expanded=expanded,
+        worst_case_rows=worst_case_rows,
     )
 
 
@@ -193,9 +219,9 @@ def combine_every_row(
         for b in bias:
             total = total + b[token].float().numpy()
         for k, expert in enumerate(chosen):
-            if expert >= 0:
-                at = expert // local
-                place = int(dispatched[at].metadata[received_as[at][rank, token], 2 + k])
+            at = expert // local
+            place = int(dispatched[at].metadata[received_as[at][rank, token], 2 + k]) if expert >= 0 else -1
+            if place >= 0:
                 total = total + outputs[at][place].float().numpy()
                 weights[token, k] = out_weights[at][place]
         x[token] = torch.from_numpy(total).bfloat16()

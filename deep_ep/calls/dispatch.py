@@ -13,7 +13,7 @@ from deep_ep.calls.payload import Payload
 from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import RecordShape, Routing, Rows, pointer, set_launch_fields
-from deep_ep.ops.dispatch import Counts, DispatchArgs, Places, Received, Scales, dispatch_kernel
+from deep_ep.ops.dispatch import Counts, DispatchArgs, Layout, Padding, Places, Received, Scales, dispatch_kernel
 
 TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 DispatchResult = tuple[TokensOrPair, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]
@@ -32,6 +32,8 @@ class Asked:
     num_sms: Any
     do_handle_copy: bool
     do_cpu_sync: bool | None
+    do_expand: bool
+    do_zero_padding: bool
     use_tma_aligned_col_major_sf: bool
     timing: Timing
 
@@ -50,6 +52,8 @@ class DispatchRequest:
     record: layout.Record
     exact_sizes: bool  # the host waits for the counts
     copy_topk_idx: bool
+    expand: bool
+    zero_padding: bool
     col_major_scales: bool
     timing: Timing
 
@@ -89,6 +93,8 @@ def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
         record=record,
         exact_sizes=exact_sizes,
         copy_topk_idx=asked.do_handle_copy,
+        expand=asked.do_expand,
+        zero_padding=asked.do_zero_padding,
         col_major_scales=asked.use_tma_aligned_col_major_sf,
         timing=asked.timing,
     )
@@ -106,56 +112,75 @@ def _check_payload(asked: Asked, device: torch.device) -> Payload:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Rows that a dispatch fills at most."""
+
+    tokens: int
+    expanded: int  # of the expanded layout, padding included
+
+    @staticmethod
+    def exact(tokens: int, aligned_counts: list[int]) -> Sizes:
+        return Sizes(tokens, sum(aligned_counts))
+
+    @staticmethod
+    def worst(request: DispatchRequest, num_ranks: int) -> Sizes:
+        """Every rank sends all it may, to as many experts of this rank as a token can select."""
+        num_topk, local_experts = request.topk_idx.shape[1], request.num_experts // num_ranks
+        tokens = num_ranks * request.max_tokens
+        padding = (request.alignment - 1) * local_experts
+        return Sizes(tokens, layout.align(tokens * min(num_topk, local_experts) + padding, request.alignment))
+
+
+@dataclass(frozen=True)
 class Outputs:
-    """What a dispatch fills, with room for ``rows`` tokens."""
+    """What a dispatch fills: ``rows`` are tokens, or rows of the expanded layout."""
 
     payload: Payload  # [rows, H]
-    topk_idx: torch.Tensor  # [rows, K]
-    weights: torch.Tensor | None  # [rows, K] float32
-    metadata: torch.Tensor  # [rows, K+2] int32
-    sums: torch.Tensor  # the three that follow, in one piece
+    topk_idx: torch.Tensor | None  # [tokens, K]; None in the expanded layout
+    weights: torch.Tensor | None  # float32: [tokens, K], or [rows] in the expanded layout
+    metadata: torch.Tensor  # [tokens, K+2] int32
+    sums: torch.Tensor  # those that follow, in one piece
     per_rank: torch.Tensor  # [R] int32
     per_expert_aligned: torch.Tensor  # [L] int32
+    per_expert_end: torch.Tensor  # [L] int32
     per_expert: torch.Tensor  # [L] int32
 
     @staticmethod
-    def allocate(request: DispatchRequest, rows: int, num_ranks: int) -> Outputs:
-        topk_idx = request.topk_idx
+    def allocate(request: DispatchRequest, sizes: Sizes, num_ranks: int) -> Outputs:
+        topk_idx, weights, expand = request.topk_idx, request.weights, request.expand
         num_topk, local_experts = topk_idx.shape[1], request.num_experts // num_ranks
-        sums = topk_idx.new_empty(num_ranks + 2 * local_experts, dtype=torch.int32)
-        per_rank, per_expert_aligned, per_expert = torch.split(sums, [num_ranks, local_experts, local_experts])
+        rows = sizes.expanded if expand else sizes.tokens
+        sums = topk_idx.new_empty(num_ranks + 3 * local_experts, dtype=torch.int32)
         return Outputs(
             request.payload.new_empty(rows, col_major_scales=request.col_major_scales),
-            topk_idx.new_empty((rows, num_topk)),
-            None if request.weights is None else request.weights.new_empty((rows, num_topk)),
-            topk_idx.new_empty((rows, num_topk + 2), dtype=torch.int32),
+            None if expand else topk_idx.new_empty((rows, num_topk)),
+            None if weights is None else weights.new_empty(rows if expand else (rows, num_topk)),
+            topk_idx.new_empty((sizes.tokens, num_topk + 2), dtype=torch.int32),
             sums,
-            per_rank,
-            per_expert_aligned,
-            per_expert,
+            *torch.split(sums, [num_ranks, local_experts, local_experts, local_experts]),
         )
-
-    @property
-    def rows(self) -> int:
-        return self.payload.rows.shape[0]
 
     @property
     def tensors(self) -> Tensors:
         """All memory that the kernel writes."""
         return self.payload.rows, self.payload.scales, self.topk_idx, self.weights, self.metadata, self.sums
 
-    def fill_in(self, args: DispatchArgs) -> None:
+    def fill_in(self, args: DispatchArgs, request: DispatchRequest, sizes: Sizes) -> None:
         """Tell the kernel where they are."""
         args.received = Received(
             x=self.payload.rows.data_ptr(),
             stride=self.payload.row_bytes,
-            topk_idx=self.topk_idx.data_ptr(),
+            topk_idx=pointer(self.topk_idx),
             weights=pointer(self.weights),
             metadata=self.metadata.data_ptr(),
             scales=Scales.of(self.payload.scales),
-            rows=self.rows,
+            rows=sizes.tokens,
+            expanded_rows=sizes.expanded,
+            layout=Layout.EXPANDED if request.expand else Layout.PLAIN,
+            padding=Padding.ZERO if request.zero_padding else Padding.LEAVE,
         )
-        args.counts = Counts(self.per_rank.data_ptr(), self.per_expert_aligned.data_ptr(), self.per_expert.data_ptr())
+        counts = (self.per_rank, self.per_expert_aligned, self.per_expert_end, self.per_expert)
+        args.counts = Counts(*(count.data_ptr() for count in counts))
 
 
 def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult:
@@ -186,21 +211,22 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
             writes=writes,
         )
 
-    rows = num_ranks * request.max_tokens
-    counts: list[int] = []
+    sizes, aligned_counts = Sizes.worst(request, num_ranks), list[int]()
     with endpoint.breaking_on_error("dispatch"):
         if request.exact_sizes:
             args.host_words = endpoint.expect_counts()
             run(Half.SEND, places)
-            rows, counts = endpoint.wait_for_counts(request.num_experts // num_ranks)
+            tokens, counts = endpoint.wait_for_counts(request.num_experts // num_ranks)
+            aligned_counts = [layout.align(count, request.alignment) for count in counts]
+            sizes = Sizes.exact(tokens, aligned_counts)
         with order.allocation(on_comm_stream):
-            outputs = Outputs.allocate(request, rows, num_ranks)
-        outputs.fill_in(args)
+            outputs = Outputs.allocate(request, sizes, num_ranks)
+        outputs.fill_in(args, request, sizes)
         order.wait_for(request.timing.previous_event_before_epilogue)
         run(Half.RECEIVE if request.exact_sizes else Half.BOTH, places, *outputs.tensors)
     event = order.end((*reads, request.topk_idx), (topk_idx, kept_idx, weights, places, *outputs.tensors))
 
-    handle = _handle(endpoint, request, outputs, counts, kept_idx, slots=places[0])
+    handle = _handle(endpoint, request, outputs, sizes, aligned_counts, kept_idx, slots=places[0])
     return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
 
 
@@ -237,26 +263,24 @@ def _handle(
     endpoint: Endpoint,
     request: DispatchRequest,
     outputs: Outputs,
-    counts: list[int],
+    sizes: Sizes,
+    aligned_counts: list[int],
     topk_idx: torch.Tensor,
     slots: torch.Tensor,
 ) -> EPHandle:
-    """``counts``: selections of each local expert; empty if the host has not waited for them."""
-    local_experts, num_topk = request.num_experts // endpoint.num_ranks, topk_idx.shape[1]
-    aligned = [layout.align(count, request.alignment) for count in counts]
-    worst = outputs.rows * min(num_topk, local_experts) + (request.alignment - 1) * local_experts
+    """``aligned_counts``: empty if the host has not waited for them."""
     return EPHandle(
-        do_expand=False,
+        do_expand=request.expand,
         num_experts=request.num_experts,
         expert_alignment=request.alignment,
         num_max_tokens_per_rank=request.max_tokens,
         num_sms=request.num_sms,
         topk_idx=topk_idx,
-        num_recv_tokens=outputs.rows,
-        num_expanded_tokens=sum(aligned) if counts else layout.align(worst, request.alignment),
-        num_recv_tokens_per_expert_list=aligned,
+        num_recv_tokens=sizes.tokens,
+        num_expanded_tokens=sizes.expanded,
+        num_recv_tokens_per_expert_list=aligned_counts,
         psum_num_recv_tokens_per_scaleup_rank=outputs.per_rank,
-        psum_num_recv_tokens_per_expert=outputs.per_expert_aligned,
+        psum_num_recv_tokens_per_expert=outputs.per_expert_end if request.expand else outputs.per_expert_aligned,
         num_unaligned_recv_tokens_per_expert=outputs.per_expert,
         recv_src_metadata=outputs.metadata,
         dst_buffer_slot_idx=slots,

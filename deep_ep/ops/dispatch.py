@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 from dataclasses import astuple, dataclass
 
 import torch
@@ -37,6 +38,16 @@ class Scales(ctypes.Structure):
         return Scales(scales.data_ptr(), scales.stride(0), scales.stride(1), scales.shape[1])
 
 
+class Layout(enum.IntEnum):
+    PLAIN = 0
+    EXPANDED = 1
+
+
+class Padding(enum.IntEnum):
+    LEAVE = 0
+    ZERO = 1
+
+
 class Received(ctypes.Structure):
     _fields_ = [
         ("x", ctypes.c_void_p),
@@ -46,6 +57,9 @@ class Received(ctypes.Structure):
         ("metadata", ctypes.c_void_p),
         ("scales", Scales),
         ("rows", ctypes.c_int32),
+        ("expanded_rows", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+        ("padding", ctypes.c_int32),
     ]
 
 
@@ -53,6 +67,7 @@ class Counts(ctypes.Structure):
     _fields_ = [
         ("per_rank", ctypes.c_void_p),
         ("per_expert_aligned", ctypes.c_void_p),
+        ("per_expert_end", ctypes.c_void_p),
         ("per_expert", ctypes.c_void_p),
     ]
 

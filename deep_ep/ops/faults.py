@@ -16,6 +16,7 @@ PHASES = {
     3: "collect: for rank {peer} to say how many tokens it sends",
     4: "copy_out: for a token of rank {peer}",
     5: "reduce: for a partial result of rank {peer}",
+    6: "settle: for another block of its own to place its tokens",
 }
 
 

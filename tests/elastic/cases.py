@@ -39,8 +39,8 @@ class Case:
         return self.options or Options(self.hidden, self.with_weights)
 
     @staticmethod
-    def draw(seed: int, num_ranks: int, largest: int) -> Case:
-        """``largest``: tokens of a rank, at most."""
+    def draw(seed: int, num_ranks: int, largest: int, longest: int) -> Case:
+        """``largest``: tokens of a rank, at most. ``longest``: values of a row, at most, and then they are so many."""
         r = random.Random(seed)
         num_topk = r.choice([1, 2, 3, 4, 6, 8, 8, 8, 13, 32])
         local = r.choice([1, 2, 3, 4, 8, 32])
@@ -48,18 +48,18 @@ class Case:
         case = Case(
             seed=seed,
             tokens=tokens,
-            hidden=8 * r.choice([1, 2, 3, 16, r.randint(1, 64), 128]),
+            hidden=r.choice([8, 16, 24, 128, 8 * r.randint(1, 64), longest]),
             num_topk=num_topk,
             num_experts=local * num_ranks,
-            kind=r.choice(["random", "random", "random", "holes", "skewed", "masked"]),
-            alignment=r.choice([1, 1, 8, 128]),
+            kind=r.choice(["random", "random", "random", "holes", "skewed", "masked", "twice"]),
+            alignment=r.choice([1, 1, 3, 8, 16, 128]),
             do_cpu_sync=r.random() < 0.5,
             with_weights=r.random() < 0.7,
             num_biases=r.choice([0, 0, 1, 2]),
             num_sms=r.choice([0, 1, 2, 3, 5, 24]),
             spare_tokens=r.choice([0, 0, 5]),
         )
-        options = Options.draw(r, case.hidden, case.with_weights)
+        options = Options.draw(r, case.hidden, case.with_weights, longest)
         return replace(case, options=options, combining=combines.Options.draw(r))
 
 
@@ -79,18 +79,21 @@ class Trip:
         self.inputs = oracle.draw(case.seed, num_ranks, list(case.tokens), *shape, case.kind)
         max_tokens = max(1, *case.tokens) + case.spare_tokens
         self.expected = [
-            oracle.dispatch(self.inputs, rank, case.num_experts, max_tokens, case.alignment)
+            oracle.dispatch(
+                self.inputs, rank, case.num_experts, max_tokens, case.alignment, worst_case=not case.do_cpu_sync
+            )
             for rank in range(num_ranks)
         ]
         mine = self.expected[self.rank]
         allocated = len(mine.tokens) if case.do_cpu_sync else num_ranks * max_tokens
+        expanded = len(mine.expanded) if case.do_cpu_sync else mine.worst_case_rows
         self.dispatch = Dispatch(
             options,
             self.inputs,
             mine,
             buffer,
             device,
-            allocated,
+            expanded if options.do_expand else allocated,
             topk_idx=self.inputs[self.rank].topk_idx.to(device, deep_ep.topk_idx_t),
             num_experts=case.num_experts,
             num_max_tokens_per_rank=max_tokens,
@@ -98,7 +101,9 @@ class Trip:
             num_sms=case.num_sms,
             do_cpu_sync=case.do_cpu_sync,
         )
-        assert self.dispatch.handle.num_recv_tokens == allocated
+        handle = self.dispatch.handle
+        assert (handle.num_recv_tokens, handle.num_expanded_tokens) == (allocated, expanded)
+        assert handle.do_expand == options.do_expand
         self.combine = Combine(
             case.combining,
             case.seed,
@@ -117,7 +122,8 @@ class Trip:
         differs."""
         case = self.case
         self.dispatch.check()
-        check_handle(self.dispatch.handle, self.expected[self.rank], exact_sizes=case.do_cpu_sync)
+        mine = self.expected[self.rank]
+        check_handle(self.dispatch.handle, mine, case.first.do_expand, exact_sizes=case.do_cpu_sync)
         self.combine.check()
 
 

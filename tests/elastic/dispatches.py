@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,15 +30,18 @@ class Options:
     packed: bool = False
     scale_strides: str = "rows"
     col_major_scales: bool = False
+    do_expand: bool = False
+    do_zero_padding: bool = False
 
     @staticmethod
-    def draw(r: random.Random, hidden: int, with_weights: bool) -> Options:
-        """``hidden``: of bfloat16 rows; others draw theirs."""
+    def draw(r: random.Random, hidden: int, with_weights: bool, longest: int) -> Options:
+        """``hidden``: of bfloat16 rows; others draw theirs, up to ``longest``."""
+        options = Options(hidden, with_weights, do_expand=r.random() < 0.5, do_zero_padding=r.random() < 0.5)
         if r.random() < 0.5:
-            return Options(hidden, with_weights)
-        return Options(
-            hidden=16 * r.choice([1, 2, 8, r.randint(1, 64)]),
-            with_weights=with_weights,
+            return options
+        return replace(
+            options,
+            hidden=r.choice([16, 32, 128, 16 * r.randint(1, 64), longest]),
             num_scales=r.choice([1, 2, 4, 8, r.randint(1, 100)]),
             packed=r.random() < 0.5,
             scale_strides=r.choice(["rows", "columns", "gaps"]),
@@ -85,20 +88,25 @@ class Dispatch:
         allocated: int,
         **arguments: Any,
     ) -> None:
-        self.options, self.expected, self.allocated = options, expected, allocated
+        self.options, self.inputs, self.expected, self.allocated = options, inputs, expected, allocated
         own = inputs[buffer.rank_idx]
         self.recv_x, self.recv_idx, self.recv_weights, self.handle, event = buffer.dispatch(
             options.payload(own, device),
             topk_weights=own.weights.to(device) if options.with_weights else None,
             use_tma_aligned_col_major_sf=options.col_major_scales,
+            do_expand=options.do_expand,
+            do_zero_padding=options.do_zero_padding,
             **arguments,
         )
         assert event.event is None
 
     def check(self) -> None:
         """Raises AssertionError, naming what differs."""
+        if self.options.do_expand:
+            self._check_expanded()
+            return
         expected, rows = self.expected, len(self.expected.tokens)
-        self._check_payload(expected.x, expected.scales)
+        self._check_payload(slice(rows), expected.x, expected.scales)
         assert self.recv_idx is not None
         same("recv_topk_idx", self.recv_idx[:rows], expected.topk_idx.to(deep_ep.topk_idx_t))
         assert bool((self.recv_idx[rows:] == -1).all()), "rows past the real count must say -1"
@@ -108,28 +116,51 @@ class Dispatch:
         else:
             assert self.recv_weights is None
 
-    def _check_payload(self, x: torch.Tensor, scales: torch.Tensor) -> None:
-        """Rows and scale factors: those that are expected, and room for others behind them."""
-        rows = len(x)
+    def _check_expanded(self) -> None:
+        """Every row whose (source, token, selection) the oracle names; padding if it was to be zeroed."""
+        assert self.recv_idx is None
+        places = self.expected.expanded
+        used = [row for row, place in enumerate(places) if place is not None]
+        padding = [row for row, place in enumerate(places) if place is None]
+        tokens = [place[:2] for place in places if place is not None]
+        weights = torch.tensor([self.inputs[place[0]].weights[place[1:]] for place in places if place is not None])
+        row_of = {place: row for row, place in enumerate(self.expected.tokens)}
+        plain = [row_of[token] for token in tokens]
+        self._check_payload(used, self.expected.x[plain], self.expected.scales[plain])
+        if self.options.with_weights:
+            assert self.recv_weights is not None
+            assert self.recv_weights.shape == (self.allocated,)
+            same("recv_topk_weights", self.recv_weights[used], weights)
+        else:
+            assert self.recv_weights is None
+        if self.options.do_zero_padding:
+            zeros = [each.new_zeros(len(padding), each.shape[1]) for each in (self.expected.x, self.expected.scales)]
+            self._check_payload(padding, *zeros)
+            if self.recv_weights is not None:
+                same("weights of padding", self.recv_weights[padding], torch.zeros(len(padding)))
+
+    def _check_payload(self, rows: slice | list[int], x: torch.Tensor, scales: torch.Tensor) -> None:
+        """Some of the rows and their scale factors; there is room for as many as there should be."""
         if not self.options.num_scales:
             assert isinstance(self.recv_x, torch.Tensor)
             assert self.recv_x.shape[0] == self.allocated
-            same("recv_x", self.recv_x[:rows], x)
+            same("recv_x", self.recv_x[rows], x)
             return
         recv_x, recv_scales = self.recv_x
         assert recv_x.shape[0] == recv_scales.shape[0] == self.allocated
         aligned = -(-self.allocated // 4) * 4
         strides = (1, aligned) if self.options.col_major_scales else (self.options.num_scales, 1)
         assert recv_scales.stride() == strides, f"recv_sf has strides {recv_scales.stride()}, not {strides}"
-        same("recv_x", recv_x[:rows], x)
-        same("recv_sf", recv_scales[:rows], scales.view(self.options.scale_dtype))
+        same("recv_x", recv_x[rows], x)
+        same("recv_sf", recv_scales[rows], scales.view(self.options.scale_dtype))
 
 
-def check_handle(handle: deep_ep.EPHandle, expected: oracle.Dispatched, *, exact_sizes: bool) -> None:
-    """What a handle says about the dispatch that made it."""
+def check_handle(handle: deep_ep.EPHandle, expected: oracle.Dispatched, do_expand: bool, *, exact_sizes: bool) -> None:
+    """What a handle says about the dispatch that made it, in the expanded layout or the plain one."""
     same("recv_src_metadata", handle.recv_src_metadata[: len(expected.tokens)], expected.metadata)
     same_counts("psum by rank", handle.psum_num_recv_tokens_per_scaleup_rank, expected.per_rank)
-    same_counts("psum by expert", handle.psum_num_recv_tokens_per_expert, expected.per_expert_aligned)
+    by_expert = expected.per_expert_end if do_expand else expected.per_expert_aligned
+    same_counts("psum by expert", handle.psum_num_recv_tokens_per_expert, by_expert)
     same_counts("counts by expert", handle.num_unaligned_recv_tokens_per_expert, expected.per_expert)
     assert handle.num_recv_tokens_per_expert_list == (expected.aligned_list if exact_sizes else [])
 

@@ -60,7 +60,8 @@ def test_ranks_on_two_gpus(
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
     record_property("seeds", seeds)
-    options = ("--machine", "cuda", "--seeds", seeds, "--largest", str(largest))
+    # Rows of up to 16 KiB: a stage of a GPU's rings holds a quarter of one.
+    options = ("--machine", "cuda", "--seeds", seeds, "--largest", str(largest), "--longest", "8192")
     variables = {"CUDA_VISIBLE_DEVICES": "0,1"} | ({"NCCL_MULTI_RANK_GPU_ENABLE": "1"} if num_ranks > 2 else {})
     output = torchrun(num_ranks, "tests.elastic.worker", *options, **variables).check()
     assert f"{num_ranks} cuda ranks: OK" in output

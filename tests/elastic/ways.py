@@ -17,9 +17,11 @@ import torch.distributed as dist
 
 import deep_ep
 from deep_ep import ElasticBuffer, EPHandle
+from deep_ep.utils import per_token_cast_back, per_token_cast_to_fp8
 from tests.elastic import cases, dispatches, ranks
+from tests.elastic.dispatches import Options
 
-TOKENS, HIDDEN, MOST = 7, 72, 16
+TOKENS, HIDDEN, MOST = 7, 80, 16
 
 
 def build(group: dist.ProcessGroup) -> ElasticBuffer:
@@ -27,7 +29,7 @@ def build(group: dist.ProcessGroup) -> ElasticBuffer:
 
 
 def draw(seed: int, group: dist.ProcessGroup) -> cases.Case:
-    return cases.Case.draw(seed, group.size(), largest=MOST - 5)
+    return cases.Case.draw(seed, group.size(), largest=MOST - 5, longest=1024)
 
 
 def a_subgroup(group: dist.ProcessGroup, device: torch.device) -> None:
@@ -183,6 +185,41 @@ def a_handle_again_and_again(group: dist.ProcessGroup, device: torch.device) -> 
     buffer.destroy()
 
 
+def more_rows_than_the_worst_case(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Tokens must not name an expert twice. If all do, rows that find no room are lost, and nothing else is."""
+    buffer = build(group)
+    for do_expand in (True, False):
+        case = cases.Case(
+            seed=60,
+            tokens=(TOKENS,) * group.size(),
+            hidden=HIDDEN,
+            num_topk=3,
+            num_experts=group.size(),
+            kind="same",
+            alignment=1,
+            do_cpu_sync=False,
+            with_weights=True,
+            num_biases=0,
+            num_sms=3,
+            spare_tokens=0,
+            options=Options(HIDDEN, with_weights=True, do_expand=do_expand, do_zero_padding=True),
+        )
+        cases.run(case, buffer, device)
+    buffer.destroy()
+
+
+def quantised_rows(group: dist.ProcessGroup, device: torch.device) -> None:
+    """What is cast, dispatched and cast back is what is dispatched after it was cast and cast back."""
+    buffer = build(group)
+    x = tokens(buffer, device)
+    for packed in (False, True):
+        x8, sf = per_token_cast_to_fp8(x, use_packed_ue8m0=packed)
+        expected = dispatch(buffer, device, x=per_token_cast_back(x8, sf))[0]
+        (recv_x8, recv_sf), *_ = dispatch(buffer, device, x=(x8, sf), use_tma_aligned_col_major_sf=packed)
+        same(per_token_cast_back(recv_x8, recv_sf), expected)
+    buffer.destroy()
+
+
 def tokens(buffer: ElasticBuffer, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(buffer.rank_idx)
     return torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16().to(device)
@@ -224,6 +261,8 @@ WAYS: tuple[Callable[[dist.ProcessGroup, torch.device], None], ...] = (
     rows_with_gaps,
     beside_the_compute_stream,
     a_handle_again_and_again,
+    more_rows_than_the_worst_case,
+    quantised_rows,
 )
 
 

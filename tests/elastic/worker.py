@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--seeds", default="0:10", help="first:last, the last not included")
     parser.add_argument("--machine", choices=ranks.MACHINES, default="simulated")
     parser.add_argument("--largest", type=int, default=24, help="tokens of a rank, at most")
+    parser.add_argument("--longest", type=int, default=1024, help="values of a row, at most")
     arguments = parser.parse_args()
     first, last = map(int, arguments.seeds.split(":"))
 
@@ -26,13 +27,13 @@ def main() -> int:
     buffer = deep_ep.ElasticBuffer(
         group,
         num_max_tokens_per_rank=arguments.largest + 8,
-        hidden=1024,
+        hidden=arguments.longest,
         allow_multiple_reduction=False,
         num_gpu_timeout_secs=10,
         num_cpu_timeout_secs=20,
     )
     for seed in range(first, last):
-        case = cases.Case.draw(seed, group.size(), arguments.largest)
+        case = cases.Case.draw(seed, group.size(), arguments.largest, arguments.longest)
         error: BaseException | None = None
         try:
             cases.run(case, buffer, device)
@@ -44,7 +45,8 @@ def main() -> int:
                 print(*failures, f"case: {case}", sep="\n")
                 print(
                     f"replay: torchrun --nproc-per-node {group.size()} -m tests.elastic.worker "
-                    f"--seeds {seed}:{seed + 1} --machine {arguments.machine} --largest {arguments.largest}"
+                    f"--seeds {seed}:{seed + 1} --machine {arguments.machine} --largest {arguments.largest} "
+                    f"--longest {arguments.longest}"
                 )
             dist.destroy_process_group()
             return 1

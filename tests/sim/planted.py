@@ -24,6 +24,7 @@ from deep_ep import jit
 from deep_ep.jit.toolchain import INCLUDE_DIR
 from deep_ep.machine.world import SimulationError, World
 from tests.elastic import cases, combines
+from tests.elastic.dispatches import Options
 from tests.sim import swarm
 
 MAX_SEEDS = 40
@@ -62,7 +63,7 @@ SYNC_WARP = "    device::sync_warp();\n"
 BUGS = (
     # The copy engine does not see what threads did to a stage: one for each place where it must.
     Bug("scatter-without-fence", "phases/scatter.cuh", FENCE_SHARED, "", RACE),
-    Bug("push-without-fence", "phases/push_rows.cuh", FENCE_SHARED, "", RACE),
+    Bug("push-without-fence", "phases/push_rows.cuh", "device::fence_async_proxy_shared();", ";", RACE),
     Bug("copy-out-without-fence", "phases/copy_out.cuh", FENCE_SHARED, "", RACE),
     # Nor what was acquired from a peer.
     Bug("arrivals-without-fence", "phases/copy_out.cuh", FENCE_GLOBAL, "", RACE),
@@ -88,11 +89,11 @@ BUGS = (
         DEADLOCK,
     ),
     # Rows of the expanded layout.
-    Bug("sum-without-fence", "phases/push_rows.cuh", FENCE_SHARED, "", RACE, combining=SUMS),
-    Bug("sum-without-sync", "phases/push_rows.cuh", SYNC_WARP, "", RACE, times=2, combining=SUMS),
-    Bug("sum-of-own-rows-unrounded", "phases/reduce.cuh", "kReturn == Return::kSum ? device::ballot(own) : 0", "0u",
+    Bug("sum-without-fence", "phases/push_rows.cuh", "device::fence_async_proxy_shared();", ";", RACE, combining=SUMS),
+    Bug("sum-of-own-rows-unrounded", "phases/reduce.cuh", "parts.sum = device::ballot(own && selection.speaks);", "",
         "differs", combining=SUMS),
-    Bug("own-sum-first", "phases/reduce.cuh", "parts.lanes & (part - 1)", "parts.lanes & (part - 1) & -(part == 0)",
+    Bug("own-sum-first", "phases/reduce.cuh", "parts.lanes & (parts.sum - 1)",
+        "parts.lanes & (parts.sum - 1) & -(parts.sum == 0)",
         "differs", combining=SUMS),
     Bug("announce-the-first-row", "phases/push_rows.cuh", ".last = last}", ".last = row_ends}", RACE,
         combining=EVERY_ROW),
@@ -106,7 +107,6 @@ BUGS = (
     Bug("ring-without-mbarrier-fence", "phases/ring.cuh", "device::fence_mbarrier_init();", "", "fence_mbarrier_init"),
     # Synchronisation of warps and blocks.
     Bug("scatter-without-sync", "phases/scatter.cuh", SYNC_WARP, "", RACE, times=2),
-    Bug("push-without-sync", "phases/push_rows.cuh", SYNC_WARP, "", RACE, times=2),
     Bug("reduce-without-sync", "phases/reduce.cuh", "device::sync_warp();  // one lane has acquired for all", "", RACE),
     Bug("ring-without-sync", "phases/ring.cuh", SYNC_WARP, "", RACE, times=3),
     Bug("place-without-sync", "phases/place.cuh", SYNC_WARP, "", RACE, times=4),
@@ -118,6 +118,8 @@ BUGS = (
         "next-row", "phases/copy_out.cuh", "row = tables.row_base[source] + item.slot;",
         "row = tables.row_base[source] + item.slot + 1;", "",
     ),
+    Bug("one-row-of-padding-too-many", "phases/blank.cuh", "start + align_up(count, alignment)",
+        "start + align_up(count, alignment) + 1", ""),
     Bug("count-oneself-twice", "phases/place.cuh", "before + device::popcount(same & device::lanes_below())",
         "before + device::popcount(same & device::lanes_below()) + 1", "differs"),
     # From one operation to the next.
@@ -164,20 +166,22 @@ def patched_toolchain(folder: Path, bug: Bug | None) -> PatchedGxx:
 def draw_story(seed: int, num_tokens: int, combining: combines.Options) -> swarm.Story:
     """Short, and with everything in it that a bug may need: peers, several blocks, several operations under way."""
     r = random.Random(seed)
+    many_rows = combining == EVERY_ROW  # of a token at one rank: the last ones leave long after the first
     drawn = tuple(
         cases.Case(
             seed=seed * 8 + idx,
             tokens=tuple(r.randint(num_tokens, num_tokens + 4) for _ in range(NUM_RANKS)),
-            hidden=8 * r.choice([1, 8, 32]),
-            num_topk=r.choice([2, 3]),
-            num_experts=2 * NUM_RANKS,
+            hidden=(hidden := 8 * r.choice([1, 8, 32])),
+            num_topk=8 if many_rows else r.choice([2, 3]),
+            num_experts=(8 if many_rows else 2) * NUM_RANKS,
             kind="random",
-            alignment=1,
+            alignment=r.choice([1, 4]),
             do_cpu_sync=False,
             with_weights=True,
             num_biases=idx % 2,
             num_sms=2 + seed % 2,
             spare_tokens=0,
+            options=Options(hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True),
             combining=combining,
         )
         for idx in range(2)
@@ -189,6 +193,7 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options) -> swarm
         num_sms=(3,) * NUM_RANKS,
         delays={seed % NUM_RANKS: r.choice([0, 10**4, 10**6])},
         largest=num_tokens + 4,
+        longest=swarm.SHORT,
         cases=drawn,
         num_overlapping=len(drawn),
     )

@@ -50,7 +50,7 @@ ROLES = (
     ),
 )
 NUM_RACE_ROLES = 2  # with few threads
-HIDDEN = 1024
+SHORT, LONG = 1024, 32768  # values of a row, at most: the long ones do not fit into a stage
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Story:
 
     Attributes:
         largest: tokens of a rank, at most.
+        longest: values of a row, at most.
         cases: round trips, one after the other on the same buffer.
         num_overlapping: so many of the last ones are all under way before the first of them is checked.
     """
@@ -69,6 +70,7 @@ class Story:
     num_sms: tuple[int, ...]
     delays: dict[int, int]
     largest: int
+    longest: int
     cases: tuple[cases.Case, ...]
     num_overlapping: int
 
@@ -85,19 +87,16 @@ class Story:
             num_sms = [r.randint(1, most_sms) for _ in range(num_ranks)]
         slow = r.choice([0, 0, 10**4, 10**5, 10**6])
         largest = r.choice([6, 6, 28]) if race else 10 if small else 24  # 28: some warp announces a full batch
+        longest = SHORT
+        if num_ranks < 4 and r.random() < 0.15:
+            largest, longest = 6, LONG
         drawn = tuple(
-            cases.Case.draw(seed * 8 + idx, num_ranks, largest)
+            cases.Case.draw(seed * 8 + idx, num_ranks, largest, longest)
             for idx in range(r.choice([1, 2, 3] if small else [2, 3, 4]))
         )
-        if race:  # long rows and many experts are more of the same
+        if race:  # many experts are more of the same
             drawn = tuple(
-                replace(
-                    case,
-                    hidden=min(case.hidden, 512),
-                    options=replace(case.first, hidden=min(case.first.hidden, 512)),
-                    num_experts=num_ranks * min(case.num_experts // num_ranks, 4),
-                )
-                for case in drawn
+                replace(case, num_experts=num_ranks * min(case.num_experts // num_ranks, 4)) for case in drawn
             )
         return Story(
             seed=seed,
@@ -106,6 +105,7 @@ class Story:
             num_sms=tuple(num_sms),
             delays={rank: r.randint(0, slow) for rank in range(num_ranks)} if slow else {},
             largest=largest,
+            longest=longest,
             cases=drawn,
             num_overlapping=r.choice([0, len(drawn), r.randint(0, len(drawn))]),
         )
@@ -122,12 +122,12 @@ def shared_oracle() -> Iterator[None]:
     lock = threading.Lock()
 
     def once(function: Callable[..., Any]) -> Callable[..., Any]:
-        def ask(first: Any, *rest: Any) -> Any:
+        def ask(first: Any, *rest: Any, **named: Any) -> Any:
             # Inputs of all ranks are a list that an earlier answer keeps alive, so its identity will do.
-            key = (function, id(first) if isinstance(first, list) else first, repr(rest))
+            key = (function, id(first) if isinstance(first, list) else first, repr((rest, named)))
             with lock:
                 if key not in answers:
-                    answers[key] = function(first, *rest)
+                    answers[key] = function(first, *rest, **named)
                 return answers[key]
 
         return ask
@@ -143,7 +143,8 @@ def tell(story: Story, world: World, toolchain: jit.Gxx) -> int:
     ranks = Ranks(world, story.num_ranks, Settings(toolchain, story.seed << 16, story.num_sms, story.delays))
 
     def program(group: Group) -> None:
-        buffer = Buffer(group, num_max_tokens_per_rank=story.largest + 8, hidden=HIDDEN, allow_multiple_reduction=False)
+        most = story.largest + 8
+        buffer = Buffer(group, num_max_tokens_per_rank=most, hidden=story.longest, allow_multiple_reduction=False)
         num_alone = len(story.cases) - story.num_overlapping
         for case in story.cases[:num_alone]:
             cases.run(case, buffer, torch.device("cpu"))

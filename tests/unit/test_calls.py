@@ -185,6 +185,24 @@ def test_worst_case_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
     assert handle.num_expanded_tokens == 40  # align(5 * 1 + 7 * 4, 8)
 
 
+def test_sizes_of_the_expanded_layout(machine: FakeMachine, buffer: ElasticBuffer) -> None:
+    idx = torch.zeros(3, 2, dtype=deep_ep.topk_idx_t)
+    arguments = {"topk_idx": idx, "topk_weights": torch.ones(3, 2), "num_experts": 4, "expert_alignment": 4}
+    x = (torch.zeros(3, HIDDEN).to(torch.float8_e4m3fn), torch.zeros(3, 1))
+    layout = {"do_expand": True, "use_tma_aligned_col_major_sf": True}
+    machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
+    (x8, sf), recv_idx, weights, handle, _ = buffer.dispatch(x, **arguments, **layout)
+    assert (recv_idx, weights.shape, x8.shape, sf.shape, sf.stride()) == (None, (16,), (16, HIDDEN), (16, 1), (1, 16))
+    assert (handle.num_recv_tokens, handle.num_expanded_tokens, handle.do_expand) == (3, 16, True)
+    assert handle.recv_src_metadata.shape == (3, 4)
+
+    (x8, _), _, weights, handle, _ = buffer.dispatch(x, **arguments, **layout, do_cpu_sync=False)
+    assert len(x8) == len(weights) == handle.num_expanded_tokens == 28  # align(8 * 2 + 3 * 4, 4)
+    assert handle.num_recv_tokens == len(handle.recv_src_metadata) == 8
+    (x8, sf), recv_idx, weights, _, _ = buffer.dispatch(x, **arguments, do_cpu_sync=False)
+    assert (recv_idx.shape, weights.shape, x8.shape, sf.stride()) == ((8, 2), (8, 2), (8, HIDDEN), (1, 1))
+
+
 def test_handle_keeps_a_copy_unless_told_otherwise(buffer: ElasticBuffer) -> None:
     x, idx = torch.zeros(1, HIDDEN, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=deep_ep.topk_idx_t)
     copied = buffer.dispatch(x, topk_idx=idx, num_experts=4, do_cpu_sync=False)[3]

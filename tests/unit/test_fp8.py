@@ -100,6 +100,8 @@ def test_scale_factors_of_any_strides(packed: bool) -> None:
     x8, sf = per_token_cast_to_fp8(x, use_packed_ue8m0=packed)
     by_columns = sf.t().contiguous().t()
     assert torch.equal(per_token_cast_back(x8, by_columns), per_token_cast_back(x8, sf))
+    one = torch.empty(8, dtype=sf.dtype).as_strided((5, 1), (1, 8)).copy_(sf[:, :1])  # a single column, aligned
+    assert torch.equal(per_token_cast_back(x8[:, :128], one), per_token_cast_back(x8[:, :128], sf[:, :1]))
     wide = torch.zeros(5, 640, dtype=torch.bfloat16)
     wide.copy_(x)
     assert torch.equal(per_token_cast_to_fp8(wide[::2], packed)[1], sf[::2])

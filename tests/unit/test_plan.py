@@ -57,7 +57,7 @@ def test_every_dispatch_fits(
     num_experts = num_ranks * min(local_experts, MAX_EXPERTS // num_ranks)
     record = Record.of_dispatch(row_bytes, num_topk, num_scales)
     launch = plan.plan_dispatch(roles.dispatch, record, num_experts, num_ranks, SHARED_LIMIT)
-    assert launch.tables_bytes == plan.tables_bytes(num_experts, num_ranks)
+    assert launch.tables_bytes == plan.tables_bytes(num_experts)
     assert launch.tables_bytes % 128 == 0
     for ring in (launch.send, launch.receive):
         assert ring.piece_bytes + record.tail_bytes <= ring.stage_bytes

@@ -41,19 +41,7 @@ EP_DEVICE void send(const CombineArgs& a, uint32_t epoch) {
   const int warp = device::warp_idx();
   using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
   const SendRing ring = SendRing::at(device::shared_memory<char>(), warp, C.num_send_warps, a.stage_bytes);
-  const Share share{device::block_idx() + a.num_send_blocks * warp, a.num_send_blocks * C.num_send_warps};
-  push_rows<C.returned>(ring, a.window, epoch, a.results, a.routing.max_tokens, a.piece_bytes, share);
-}
-
-// Adding warps are numbered across the blocks, so that consecutive tokens are added on different SMs: first those that
-// every block has, then those that only blocks without senders have.
-template <CombineConfig C>
-EP_DEVICE Share share_of_adder(int num_send_blocks) {
-  const int blocks = device::num_blocks(), block = device::block_idx(), warp = device::warp_idx();
-  const int everywhere = (C.num_warps - C.num_send_warps) * blocks, adding_blocks = blocks - num_send_blocks;
-  const int own = warp >= C.num_send_warps ? (warp - C.num_send_warps) * blocks + block
-                                           : everywhere + warp * adding_blocks + block - num_send_blocks;
-  return {own, everywhere + C.num_send_warps * adding_blocks};
+  push_rows<C.returned>(ring, a.window, epoch, a.results, a.routing.max_tokens, a.piece_bytes);
 }
 
 template <CombineConfig C>
@@ -63,8 +51,7 @@ EP_DEVICE void combine(const CombineArgs& a) {
   if (sends(a.num_send_blocks) && device::warp_idx() < C.num_send_warps) {
     send<C>(a, epoch);
   } else {
-    reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, share_of_adder<C>(a.num_send_blocks),
-                       a.combined);
+    reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, a.combined);
   }
   retire(a.window, epoch);
 }

@@ -9,6 +9,7 @@
 // pushes run.
 
 #include <deep_ep/phases/admit.cuh>
+#include <deep_ep/phases/blank.cuh>
 #include <deep_ep/phases/collect.cuh>
 #include <deep_ep/phases/copy_out.cuh>
 #include <deep_ep/phases/look_back.cuh>
@@ -55,7 +56,8 @@ struct DispatchArgs {
   int32_t send_piece_bytes, send_stage_bytes, receive_piece_bytes, receive_stage_bytes, tables_bytes;
 };
 
-// Finds the place of every token of this block's range, among all tokens of this rank.
+// Finds the place of every token of this block's range, among all tokens of this rank. Senders tell the peers what will
+// come as soon as it is known.
 EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, Range range, const Places& places,
                      const Tables& tables) {
   const int warp = device::warp_idx();
@@ -73,9 +75,13 @@ EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, 
   device::sync_block();
   look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
   device::sync_block();
-  const bool all_came = device::load_relaxed_gpu(tables.ok) != 0;
-  if (places_tokens && all_came) settle(a.routing, share, places.slots, places.positions, counts, tables);
+  if (device::load_relaxed_gpu(tables.ok) != 0) {
+    if (sends(a.num_send_blocks)) publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
+    if (places_tokens) settle(a.routing, share, places.slots, places.positions, counts, tables);
+  }
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
+  device::sync_block();
+  if (device::load_relaxed_gpu(tables.ok) != 0) tell_settled(a.window, epoch);
 }
 
 template <DispatchConfig C>
@@ -95,8 +101,6 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   device::sync_block();
   if (sender) admit(a.window, epoch, a.patience, tables.ok);
   if (a.num_send_blocks > 0) place(a, epoch, team, range, places, tables);
-  if (sender && good()) publish(a.window, epoch, team, experts_per_rank, tables);
-  device::sync_block();
 
   const bool reports = sender && a.host_words != nullptr && team.own() == 0;
   if ((receiver || reports) && good()) {
@@ -109,8 +113,9 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   if (sender && warp < C.num_send_warps && good()) {
     using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
     const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
-    scatter(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.send_piece_bytes, range, warp,
-            C.num_send_warps);
+    if (await_settled(a.window, epoch, team, a.patience)) {
+      scatter(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.send_piece_bytes);
+    }
   }
   if (receiver && good()) {
     if (warp < C.num_receive_warps) {
@@ -119,7 +124,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
       copy_out(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.receive_piece_bytes, range, team,
                C.num_receive_warps, a.patience, tables, a.received);
     }
-    blank_unused(a.routing, a.received, tables.row_base[a.window.num_ranks], team);
+    blank(a.window, a.routing, a.record, a.alignment, tables, team, a.received);
   }
   if (a.num_send_blocks < device::num_blocks()) retire(a.window, epoch);
 }

@@ -1,7 +1,6 @@
 #pragma once
 // Telling peers that records have come, a few at a time: a release waits for all that the warp wrote before, so one is
-// spent on several tokens, and only after their stores have had time to complete. Towards the end of a warp's tokens
-// the batches shrink: what all warps would announce last, and at once, is what the receivers' copies end with.
+// spent on several tokens, and only after their stores have had time to complete.
 //
 // reads         nothing
 // writes        arrival marks at the peers
@@ -16,20 +15,18 @@ namespace deep_ep {
 
 class Announcer {
  public:
-  static constexpr int kTokens = 8;  // that share a release, at most
-  static constexpr int kShare = 4;   // of the tokens that are left, one part in so many
-  static constexpr int kLag = 6;     // pieces that are stored after them before it is made
+  static constexpr int kLag = 6;  // pieces that are stored after a batch before its release is made
 
-  EP_DEVICE Announcer(const Window& window, uint32_t epoch)
-      : window_(window), epoch_(epoch), batch_(min_of(kTokens, 32 / window.num_ranks)) {}
+  // `batch`: tokens that share a release, at most. A smaller one costs the sender more, and tells the peers sooner.
+  EP_DEVICE Announcer(const Window& window, uint32_t epoch, int batch)
+      : window_(window), epoch_(epoch), batch_(min_of(batch, 32 / window.num_ranks)) {}
 
-  // Piece number `pieces` was the last of a token that goes to `slot_at_rank` of rank r on lane r (-1: not there). The
-  // warp will look at `left` more.
-  EP_DEVICE void add(int slot_at_rank, int pieces, int left) {
+  // Piece number `pieces` was the last of a token that goes to `slot_at_rank` of rank r on lane r (-1: not there).
+  EP_DEVICE void add(int slot_at_rank, int pieces) {
     const int lane = device::lane_idx();
     const int slot = device::shuffle(slot_at_rank, lane % window_.num_ranks);
     if (lane / window_.num_ranks == open_) open_slot_ = slot;
-    if (++open_ < min_of(batch_, left / kShare)) return;
+    if (++open_ < batch_) return;
     if (closed_ > 0) release<0>();
     closed_slot_ = open_slot_;
     closed_ = pieces;

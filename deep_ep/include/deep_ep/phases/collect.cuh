@@ -1,6 +1,6 @@
 #pragma once
 // reads         the messages of all sources
-// writes        tables.row_base, .expert_row, .starts; .expert_total (local counts now); .ok if one never came
+// writes        tables.row_base, .expert_row; .rank_total, .expert_total (of what comes now); .ok if one never came
 // waits for     the messages
 // leaves behind the final row of everything that will arrive
 
@@ -30,23 +30,7 @@ EP_DEVICE void collect(const Window& window, uint32_t epoch, int experts_per_ran
   for (int i = thread; i < num_counts; i += num_threads) {
     await(i / experts_per_rank, message_word::kExperts + i % experts_per_rank, tables.expert_row[i]);
   }
-  EP_NO_UNROLL
-  for (int i = thread; i < window.num_ranks * kMaxBlocks; i += num_threads) {
-    const int source = i / kMaxBlocks, block = i % kMaxBlocks;
-    int* starts = tables.starts + source * (kMaxBlocks + 1);
-    int blocks = 0, tokens = 0;
-    await(source, message_word::kBlocks, blocks);
-    if (block < blocks) {
-      await(source, message_word::kStarts + block, starts[block]);
-    } else {
-      await(source, message_word::kTokens, tokens);
-      starts[block] = tokens;
-    }
-    if (block == kMaxBlocks - 1) {
-      await(source, message_word::kTokens, tokens);
-      starts[kMaxBlocks] = tokens;
-    }
-  }
+  if (thread < window.num_ranks) await(thread, message_word::kTokens, tables.rank_total[thread]);
   device::sync_block();
 
   // Sums over sources: rows of the plain layout; then, expert by expert, of the expanded one.
@@ -55,7 +39,7 @@ EP_DEVICE void collect(const Window& window, uint32_t epoch, int experts_per_ran
     EP_NO_UNROLL
     for (int source = 0; source < window.num_ranks; ++source) {
       tables.row_base[source] = rows;
-      rows += tables.starts[source * (kMaxBlocks + 1) + kMaxBlocks];
+      rows += tables.rank_total[source];
     }
     tables.row_base[window.num_ranks] = rows;
   }

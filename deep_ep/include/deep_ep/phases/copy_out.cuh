@@ -5,6 +5,8 @@
 // leaves behind every received row in its final place
 //
 // Own tokens never touch the staging region: their tails are composed here, so both kinds are landed by the same lines.
+// A row is loaded once, and stored once for each place that it has: one in the plain layout, one for each selection of an
+// expert of this rank in the expanded one.
 
 #include <deep_ep/phases/collect.cuh>
 #include <deep_ep/phases/compose.cuh>
@@ -13,19 +15,25 @@
 
 namespace deep_ep {
 
+enum class Layout : int32_t { kPlain, kExpanded };
+enum class Padding : int32_t { kLeave, kZero };
+
+// `any` rows are `rows` in the plain layout, `expanded_rows` in the expanded one.
 struct Received {
-  char* x;            // [rows, row_bytes]
-  int64_t stride;     // bytes
-  void* topk_idx;     // [rows, num_topk], as wide as the sender's indices
-  float* weights;     // [rows, num_topk] or null
-  int32_t* metadata;  // [rows, num_topk + 2]
-  Scales scales;      // [rows, count]
-  int32_t rows;       // allocated
+  char* x;                // [any, row_bytes]
+  int64_t stride;         // bytes
+  void* topk_idx;         // [rows, num_topk], as wide as the sender's indices; null in the expanded layout
+  float* weights;         // [rows, num_topk], or [expanded_rows] in the expanded layout; or null
+  int32_t* metadata;      // [rows, num_topk + 2]
+  Scales scales;          // [any, count]
+  int32_t rows;           // tokens that there is room for
+  int32_t expanded_rows;  // rows of the expanded layout that there is, or would be, room for
+  Layout layout;
+  Padding padding;  // of the expanded layout
 };
 
-// What comes from the peers, in about the order in which it is sent: the first token of every (source, sending block),
-// then the second of each, and so on. A warp looks at 32 of its share at a time, one a lane, and takes whichever has
-// come.
+// What comes from the peers, in about the order in which it is sent: the first token of every source, then the second
+// of each, and so on. A warp looks at 32 of its share at a time, one a lane, and takes whichever has come.
 class Arrivals {
  public:
   // What one item is: a slot of a source; -1 where there is none.
@@ -36,20 +44,10 @@ class Arrivals {
   EP_DEVICE Arrivals(const Window& window, uint32_t epoch, const Tables& tables, const device::Patience& patience,
                      int first, int step)
       : window_(window), epoch_(epoch), tables_(tables), patience_(patience), step_(step) {
-    int senders = 0, rounds = 0;
-    EP_NO_UNROLL
-    for (int source = 0; source < window.num_ranks; ++source) {
-      if (source == window.rank) continue;
-      const int* starts = tables.starts + source * (kMaxBlocks + 1);
-      EP_NO_UNROLL
-      for (int block = device::lane_idx(); block < kMaxBlocks; block += 32) {
-        const int tokens = starts[block + 1] - starts[block];
-        if (tokens > 0) senders = block + 1;
-        rounds = tokens > rounds ? tokens : rounds;
-      }
-    }
-    senders_ = device::reduce_max(senders);
-    items_ = device::reduce_max(rounds) * senders_ * (window.num_ranks - 1);
+    const int source = device::lane_idx();
+    const bool is_peer = source < window.num_ranks && source != window.rank;
+    const int rounds = is_peer ? tables.row_base[source + 1] - tables.row_base[source] : 0;
+    items_ = device::reduce_max(rounds) * (window.num_ranks - 1);
     look_at(first);
   }
 
@@ -89,10 +87,9 @@ class Arrivals {
   EP_DEVICE Item at(int item) const {
     if (item >= items_) return {-1, -1};
     const int peers = window_.num_ranks - 1;
-    const int other = item % peers, block = item / peers % senders_, round = item / peers / senders_;
+    const int other = item % peers, slot = item / peers;
     const int source = other < window_.rank ? other : other + 1;
-    const int* starts = tables_.starts + source * (kMaxBlocks + 1) + block;
-    return {source, starts[0] + round < starts[1] ? starts[0] + round : -1};
+    return {source, slot < tables_.row_base[source + 1] - tables_.row_base[source] ? slot : -1};
   }
 
   EP_DEVICE uint32_t seen() const {
@@ -120,37 +117,61 @@ class Arrivals {
   const Tables& tables_;
   const device::Patience& patience_;
   const int step_;
-  int senders_, items_, first_;
+  int items_, first_;
   Item mine_ = {-1, -1};
   uint32_t left_ = 0, came_ = 0;  // lanes whose item is still to be taken; of those, whose has come
   bool failed_ = false;
 };
 
-EP_DEVICE void land_tail(const Window& window, const Routing& routing, const Tables& tables, const Received& out,
-                         int source, int row, const char* at) {
+// Scale factors go beside the token's row, or beside each of its expanded rows, which lanes hold (or -1).
+EP_DEVICE void land_scales(const RoutingTail& tail, const Received& out, int row, int row_of_selection) {
+  const auto land = [&](int to) {
+    EP_NO_UNROLL
+    for (int i = device::lane_idx(); i < out.scales.count; i += 32) out.scales.at(to, i) = tail.scale(i);
+  };
+  if (out.scales.count == 0) return;
+  if (out.layout == Layout::kPlain) return land(row);
+  EP_NO_UNROLL
+  for (uint32_t left = device::ballot(row_of_selection >= 0); left != 0; left &= left - 1) {
+    land(device::shuffle(row_of_selection, lowest_bit(left)));
+  }
+}
+
+// Puts all that comes with a row where it belongs. Returns, to lane k, the row of selection k in the expanded layout, or
+// -1.
+EP_DEVICE int land_tail(const Window& window, const Routing& routing, const Tables& tables, const Received& out,
+                        int source, int row, const char* at) {
   const RoutingTail tail{reinterpret_cast<int32_t*>(const_cast<char*>(at)), routing.num_topk};
-  const int k = device::lane_idx(), num_topk = routing.num_topk;
+  const int k = device::lane_idx(), num_topk = routing.num_topk, token = tail.token();
   const int expert = k < num_topk ? tail.expert(k) : -1;
+  const float weight = k < num_topk ? tail.weight(k) : 0.0f;
   const bool here = expert >= 0 && routing.rank_of(expert) == window.rank;
   const int local = here ? expert - window.rank * routing.experts_per_rank : -1;
   const uint32_t chosen = device::ballot(here);
+  int expanded = here ? tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k) : -1;
+  if (expanded >= out.expanded_rows) expanded = -1;  // more than the worst case: some token names an expert twice
+  land_scales(tail, out, row, expanded);
+  device::fence_async_proxy_shared();  // the tail has been read: its stage may be loaded again
+
   int32_t* metadata = out.metadata + int64_t(row) * (num_topk + 2);
   if (k == 0) {
-    metadata[0] = source * routing.max_tokens + tail.token();
+    metadata[0] = source * routing.max_tokens + token;
     metadata[1] = source * num_topk + highest_bit(chosen);
   }
-  if (k < num_topk) {
-    const int64_t entry = int64_t(row) * num_topk + k;
-    metadata[2 + k] = here ? tables.expert_row[source * routing.experts_per_rank + local] + tail.position(k) : -1;
-    if (routing.index_bytes == 8) {
-      static_cast<int64_t*>(out.topk_idx)[entry] = local;
-    } else {
-      static_cast<int32_t*>(out.topk_idx)[entry] = local;
-    }
-    if (out.weights != nullptr) out.weights[entry] = tail.weight(k);
+  if (k >= num_topk) return expanded;
+  metadata[2 + k] = expanded;
+  const int64_t entry = int64_t(row) * num_topk + k;
+  if (out.layout == Layout::kExpanded) {
+    if (expanded >= 0 && out.weights != nullptr) out.weights[expanded] = weight;
+    return expanded;
   }
-  EP_NO_UNROLL
-  for (int i = k; i < out.scales.count; i += 32) out.scales.at(row, i) = tail.scale(i);
+  if (routing.index_bytes == 8) {
+    static_cast<int64_t*>(out.topk_idx)[entry] = local;
+  } else {
+    static_cast<int32_t*>(out.topk_idx)[entry] = local;
+  }
+  if (out.weights != nullptr) out.weights[entry] = weight;
+  return expanded;
 }
 
 template <class Ring>
@@ -163,9 +184,11 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
   int ahead = range.begin + warp;  // this warp's next own token
   Choice next = load_choice(routing, token_tables, ahead, range.end);
 
-  // The token being loaded.
+  // The token being loaded. Its pieces come in the order last, first, second, ...: the last one brings the tail, which
+  // says where the others go.
+  const int num_pieces = (record.row_bytes + piece_bytes - 1) / piece_bytes;
   Choice choice = next;
-  int source = -1, row = 0, token = 0, offset = 0;
+  int source = -1, row = 0, token = 0, piece = 0;
   const char* from = nullptr;
 
   const auto next_own = [&] {
@@ -173,10 +196,12 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
       token = ahead;
       choice = next;
       ahead += num_warps;
-      next = load_choice(routing, token_tables, ahead, range.end);
       const Selection selection = select(routing, choice.expert);
       const uint32_t here = device::ballot(selection.speaks && selection.rank == window.rank);
-      if (here == 0) continue;
+      if (here == 0) {
+        next = load_choice(routing, token_tables, ahead, range.end);
+        continue;
+      }
       source = window.rank;
       row = tables.row_base[source] + device::shuffle(choice.slot, lowest_bit(here));
       from = rows.x + token * rows.stride;
@@ -198,44 +223,46 @@ EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, 
   };
 
   const auto fill = [&](Stage stage, bool patient) {
-    if (offset == 0 && !next_token(patient)) return arrivals.more() ? Filled::kNotYet : Filled::kNoMore;
+    const bool with_tail = piece == 0;
+    if (with_tail && !next_token(patient)) return arrivals.more() ? Filled::kNotYet : Filled::kNoMore;
+    const int offset = (with_tail ? num_pieces - 1 : piece - 1) * piece_bytes;
     const int bytes = min_of(piece_bytes, record.row_bytes - offset);
-    const bool last = offset + bytes == record.row_bytes;
     const bool composed = source == window.rank;
-    if (last && composed) compose_tail(routing, token_tables.scales, token, choice, stage.data + bytes);
-    device::fence_async_proxy_shared();
+    if (with_tail && composed) compose_tail(routing, token_tables.scales, token, choice, stage.data + bytes);
     device::sync_warp();
     if (device::elect()) {
-      *stage.ticket = {.token = token, .row = row, .source = source, .offset = offset, .bytes = bytes, .last = last};
-      const int loaded = last && !composed ? bytes + record.tail_bytes : bytes;
+      stage.ticket->row = row;
+      stage.ticket->source = source;
+      stage.ticket->offset = offset;
+      stage.ticket->bytes = bytes;
+      stage.ticket->with_tail = with_tail;
+      const int loaded = with_tail && !composed ? bytes + record.tail_bytes : bytes;
       device::mbarrier_arrive_expect(*stage.full, loaded);
       device::bulk_load(stage.data, from + offset, loaded, *stage.full);
     }
     device::sync_warp();
-    offset = last ? 0 : offset + bytes;
+    if (with_tail && composed) next = load_choice(routing, token_tables, ahead, range.end);
+    if (++piece == num_pieces) piece = 0;
     return Filled::kYes;
   };
+  int row_of_selection = -1;  // of the token being stored
   const auto drain = [&](Stage stage) {
     const Ticket& ticket = *stage.ticket;
-    if (device::elect()) device::bulk_store(out.x + ticket.row * out.stride + ticket.offset, stage.data, ticket.bytes);
-    if (ticket.last) land_tail(window, routing, tables, out, ticket.source, ticket.row, stage.data + ticket.bytes);
+    const auto store = [&](int to) {
+      if (device::elect()) device::bulk_store(out.x + to * out.stride + ticket.offset, stage.data, ticket.bytes);
+    };
+    if (out.layout == Layout::kPlain) store(ticket.row);
+    if (ticket.with_tail) {
+      const char* tail = stage.data + ticket.bytes;
+      row_of_selection = land_tail(window, routing, tables, out, ticket.source, ticket.row, tail);
+    }
+    if (out.layout == Layout::kPlain) return;
+    EP_NO_UNROLL
+    for (uint32_t left = device::ballot(row_of_selection >= 0); left != 0; left &= left - 1) {
+      store(device::shuffle(row_of_selection, lowest_bit(left)));
+    }
   };
   ring.run(fill, drain, [](int) {});
-}
-
-// Rows past the real count say "no expert", whatever their memory held.
-EP_DEVICE void blank_unused(const Routing& routing, const Received& out, int used_rows, const Blocks& team) {
-  const int thread = team.own() * device::num_threads() + device::thread_idx();
-  const int num_threads = team.count * device::num_threads();
-  const int64_t end = int64_t(out.rows) * routing.num_topk;
-  EP_NO_UNROLL
-  for (int64_t entry = int64_t(used_rows) * routing.num_topk + thread; entry < end; entry += num_threads) {
-    if (routing.index_bytes == 8) {
-      static_cast<int64_t*>(out.topk_idx)[entry] = -1;
-    } else {
-      static_cast<int32_t*>(out.topk_idx)[entry] = -1;
-    }
-  }
 }
 
 }  // namespace deep_ep

@@ -9,8 +9,11 @@
 // leaves behind (after the block has synchronised) the counts of every warp
 
 #include <deep_ep/phases/tables.cuh>
+#include <deep_ep/wire/blocks.cuh>
 #include <deep_ep/wire/integers.cuh>
+#include <deep_ep/wire/phase.cuh>
 #include <deep_ep/wire/routing.cuh>
+#include <deep_ep/wire/window.cuh>
 
 namespace deep_ep {
 
@@ -55,16 +58,21 @@ EP_DEVICE void place_in_experts(const Routing& routing, Range share, int* positi
 // rank r's count.
 EP_DEVICE void place_in_ranks(const Routing& routing, Range share, int num_ranks, int* slots,
                               const WarpCounts& counts) {
+  constexpr int kTogether = 8;  // loads of a lane that are under way at once
   const int lane = device::lane_idx(), warp = device::warp_idx();
   int count = 0;
   EP_NO_UNROLL
   for (int first = share.begin; first < share.end; first += 32) {
     const int64_t entry = int64_t(first + lane) * routing.num_topk;
+    const int num_topk = first + lane < share.end ? routing.num_topk : 0;
     uint32_t ranks = 0;
     EP_NO_UNROLL
-    for (int k = 0; first + lane < share.end && k < routing.num_topk; ++k) {
-      const int expert = routing.expert(entry + k);
-      if (expert >= 0) ranks |= 1u << routing.rank_of(expert);
+    for (int begin = 0; begin < num_topk; begin += kTogether) {
+      int experts[kTogether];
+      for (int k = 0; k < kTogether; ++k) experts[k] = begin + k < num_topk ? routing.expert(entry + begin + k) : -1;
+      for (int k = 0; k < kTogether; ++k) {
+        if (experts[k] >= 0) ranks |= 1u << routing.rank_of(experts[k]);
+      }
     }
     EP_NO_UNROLL
     for (int rank = 0; rank < num_ranks; ++rank) {
@@ -125,6 +133,28 @@ EP_DEVICE void settle(const Routing& routing, Range share, int* slots, int* posi
       positions[first + 32 * j] = position[j] + tables.expert_below[experts[j]] + counts.expert(warp, experts[j]);
     }
   }
+}
+
+// Tells the team's other blocks that this block's tokens have their places. Collective over the block, which has
+// synchronised.
+EP_DEVICE void tell_settled(const Window& window, uint32_t epoch) {
+  if (device::thread_idx() == 0) device::store_release_gpu(partials(window, device::block_idx()) + kSettledWord, epoch);
+}
+
+// Waits until all blocks of the team have settled theirs: then any warp may use any token's. Collective over the warp;
+// false when one never came.
+EP_DEVICE bool await_settled(const Window& window, uint32_t epoch, const Blocks& team,
+                             const device::Patience& patience) {
+  bool all_came = true;
+  EP_NO_UNROLL
+  for (int block = team.first + device::lane_idx(); all_came && block < team.end(); block += 32) {
+    const uint64_t* word = partials(window, block) + kSettledWord;
+    all_came = device::wait_until_equals(patience, {.phase = phase::kSettle, .peer = window.rank, .expected = epoch},
+                                         [&] { return static_cast<uint32_t>(device::load_acquire_gpu(word)); });
+  }
+  all_came = device::all(all_came);
+  device::sync_warp();
+  return all_came;
 }
 
 }  // namespace deep_ep

@@ -15,13 +15,6 @@ namespace deep_ep {
 EP_DEVICE void publish(const Window& window, uint32_t epoch, const Blocks& senders, int experts_per_rank,
                        const Tables& tables) {
   const int thread = device::thread_idx();
-
-  // Each block says to every rank where its own slots start.
-  if (thread < window.num_ranks) {
-    uint64_t* to = message(window, thread, window.rank);
-    device::store_relaxed_sys(to + message_word::kStarts + senders.own(), word(tables.rank_below[thread], epoch));
-  }
-  // The totals of a rank are told by one block.
   EP_NO_UNROLL
   for (int rank = senders.own(); rank < window.num_ranks; rank += senders.count) {
     uint64_t* to = message(window, rank, window.rank);
@@ -30,10 +23,7 @@ EP_DEVICE void publish(const Window& window, uint32_t epoch, const Blocks& sende
       const int count = tables.expert_total[rank * experts_per_rank + i];
       device::store_relaxed_sys(to + message_word::kExperts + i, word(count, epoch));
     }
-    if (thread == 0) {
-      device::store_relaxed_sys(to + message_word::kTokens, word(tables.rank_total[rank], epoch));
-      device::store_relaxed_sys(to + message_word::kBlocks, word(senders.count, epoch));
-    }
+    if (thread == 0) device::store_relaxed_sys(to + message_word::kTokens, word(tables.rank_total[rank], epoch));
   }
 }
 

@@ -5,6 +5,7 @@
 // leaves behind at each owner all that a token sends there before its mark (announce.cuh)
 
 #include <deep_ep/phases/announce.cuh>
+#include <deep_ep/phases/claims.cuh>
 #include <deep_ep/phases/results.cuh>
 #include <deep_ep/phases/ring.cuh>
 #include <deep_ep/phases/sum.cuh>
@@ -21,39 +22,36 @@ struct Parcel {
   float weight = 0.0f;                       // lane k's: of selection k
 };
 
-// The tokens that one warp sends: the first of each owner, then the second of each, ...
+// The tokens that are to be sent: the first of each owner, then the second of each, ... A warp takes one at a time.
 class Owed {
  public:
-  EP_DEVICE Owed(const Window& window, const RowsByOwner& by_owner, Share share)
-      : rank_(window.rank), peers_(window.num_ranks - 1), item_(share.first), step_(share.step) {
+  EP_DEVICE Owed(const Window& window, const RowsByOwner& by_owner) : window_(window), claims_(window, Queue::kSend) {
     const int lane = device::lane_idx();
-    if (lane < window.num_ranks && lane != rank_) {
-      begin_ = by_owner.begin(lane);
-      count_ = by_owner.count(lane);
-    }
-    items_ = device::reduce_max(count_) * peers_;
+    if (lane < window.num_ranks) begin_of_lane_ = by_owner.begin(lane);
+    if (lane < window.num_ranks && lane != window.rank) count_of_lane_ = by_owner.count(lane);
+    items_ = device::reduce_max(count_of_lane_) * (window.num_ranks - 1);
   }
 
   EP_DEVICE Parcel next() {
+    const int peers = window_.num_ranks - 1;
     Parcel parcel;
     EP_NO_UNROLL
-    for (; item_ < items_ && parcel.owner < 0; item_ += step_) {
-      const int other = item_ % peers_, slot = item_ / peers_;
-      const int owner = other < rank_ ? other : other + 1;
-      const int received = device::shuffle(begin_, owner) + slot;
-      if (slot < device::shuffle(count_, owner)) parcel = {owner, slot, received};
+    while (parcel.owner < 0 && item_ < items_) {
+      item_ = claims_.take();
+      if (item_ >= items_) break;
+      const int other = item_ % peers, slot = item_ / peers;
+      const int owner = other < window_.rank ? other : other + 1;
+      const int begin = device::shuffle(begin_of_lane_, owner), count = device::shuffle(count_of_lane_, owner);
+      if (slot < count) parcel = {owner, slot, begin + slot};
     }
     return parcel;
   }
 
-  // How many more it will look at.
-  EP_DEVICE int left() const { return (items_ - item_) / step_; }
-
  private:
-  const int rank_, peers_;
-  int item_, items_;
-  const int step_;
-  int begin_ = 0, count_ = 0;  // lane r's: of the tokens that rank r owns
+  const Window& window_;
+  Claims claims_;
+  int begin_of_lane_ = 0, count_of_lane_ = 0;  // lane r's: the tokens that rank r owns
+  int item_ = 0, items_;
 };
 
 // Adds `bytes` of the rows that the lanes in `lanes` point to, into a stage.
@@ -65,41 +63,46 @@ EP_DEVICE void add_into(char* stage, uint32_t lanes, const char* row_of_lane, in
   });
 }
 
+// What can be loaded a token ahead, so that nobody waits for it.
+template <Return kReturn>
+EP_DEVICE Parcel next_parcel(Owed& owed, const Results& results, int max_tokens) {
+  Parcel parcel = owed.next();
+  if (parcel.owner < 0) return parcel;
+  parcel.row = results.row_of_lane<kReturn>(parcel.received);
+  if constexpr (kReturn == Return::kRow) parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
+  if constexpr (kReturn == Return::kEveryRow) {
+    parcel.place = (results.token(parcel.received) - parcel.owner * max_tokens) * results.num_topk;
+  }
+  return parcel;
+}
+
 template <Return kReturn, class Ring>
 EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Results& results, int max_tokens,
-                         int piece_bytes, Share share) {
+                         int piece_bytes) {
+  constexpr int kTokens = 4;  // that share a release
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = results.num_topk;
   const int num_weights = kReturn == Return::kEveryRow ? 1 : num_topk;
-  Announcer announcer(window, epoch);
-  Owed owed(window, results.by_owner, share);
-  // What can be loaded a token ahead: nobody waits for it then.
-  const auto look_ahead = [&] {
-    Parcel parcel = owed.next();
-    if (parcel.owner < 0) return parcel;
-    parcel.row = results.row_of_lane<kReturn>(parcel.received);
-    if constexpr (kReturn == Return::kRow) parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
-    if constexpr (kReturn == Return::kEveryRow) {
-      parcel.place = (results.token(parcel.received) - parcel.owner * max_tokens) * num_topk;
-    }
-    return parcel;
-  };
-  Parcel parcel, next = look_ahead();
+  Announcer announcer(window, epoch, kTokens);
+  Owed owed(window, results.by_owner);
+  Parcel parcel, next = next_parcel<kReturn>(owed, results, max_tokens);
   uint32_t left = 0;  // the lanes whose rows are still to be sent; one lane, where one row stands for all
   int offset = 0;
 
   const auto fill = [&](Stage stage, bool) {
-    if (left == 0) {
+    const bool begins = left == 0;
+    if (begins) {
       if (next.owner < 0) return Filled::kNoMore;
       parcel = next;
-      next = look_ahead();
       left = kReturn == Return::kEveryRow ? device::ballot(parcel.row >= 0) : 1u;
       if constexpr (kReturn != Return::kRow) {
         parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
       }
     }
-    const int k = lowest_bit(left), bytes = min_of(piece_bytes, record.row_bytes - offset);
-    const bool row_ends = offset + bytes == record.row_bytes, last = row_ends && (left & (left - 1)) == 0;
+    // Where an expert was named twice, rows may be lost (place.cuh). Without any the piece is empty: the mark goes alone.
+    const bool empty = kReturn == Return::kEveryRow && left == 0;
+    const int k = empty ? 0 : lowest_bit(left), bytes = empty ? 0 : min_of(piece_bytes, record.row_bytes - offset);
+    const bool row_ends = empty || offset + bytes == record.row_bytes, last = row_ends && (left & (left - 1)) == 0;
     const char* from = results.row(parcel.row) + offset;
     if constexpr (kReturn == Return::kSum) {
       add_into(stage.data, device::ballot(parcel.row >= 0), from, bytes);
@@ -109,16 +112,16 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
     float* tail = reinterpret_cast<float*>(stage.data + bytes);
     const int entry = kReturn == Return::kEveryRow ? lane - k : lane;  // a row's own weight, or those of all selections
     if (row_ends && entry >= 0 && entry < num_weights) tail[entry] = parcel.weight;
-    device::fence_async_proxy_shared();
+    if (row_ends || kReturn == Return::kSum) device::fence_async_proxy_shared();
     device::sync_warp();
     if (device::elect()) {
       *stage.ticket = {.token = parcel.place + k,
                        .row = parcel.slot,
                        .source = parcel.owner,
                        .offset = offset,
-                       .bytes = row_ends ? bytes + record.tail_bytes : bytes,
+                       .bytes = row_ends && !empty ? bytes + record.tail_bytes : bytes,
                        .last = last};
-      if constexpr (kReturn == Return::kSum) {
+      if (kReturn == Return::kSum || empty) {
         device::mbarrier_arrive(*stage.full);
       } else {
         device::mbarrier_arrive_expect(*stage.full, bytes);
@@ -126,6 +129,8 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
       }
     }
     device::sync_warp();
+    // Behind the load and, in long rows, before the last piece's fence, which would wait for it.
+    if (begins) next = next_parcel<kReturn>(owed, results, max_tokens);
     offset = row_ends ? 0 : offset + bytes;
     if (row_ends) left &= left - 1;
     return Filled::kYes;
@@ -133,14 +138,14 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
   int drained = 0;
   const auto drain = [&](Stage stage) {
     const Ticket& ticket = *stage.ticket;
-    if (device::elect()) {
+    if (device::elect() && ticket.bytes > 0) {
       char* to = kReturn == Return::kEveryRow
                      ? returned(window, ticket.source, ticket.token, record.bytes())
                      : staged(window, ticket.source, window.rank, ticket.row, max_tokens, record.bytes());
       device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
     }
     ++drained;
-    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained, owed.left());
+    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();

@@ -11,6 +11,7 @@ namespace deep_ep {
 struct Counts {
   int32_t* per_rank;            // [num_ranks]         inclusive sums of rows by source
   int32_t* per_expert_aligned;  // [experts_per_rank]  inclusive sums of aligned counts
+  int32_t* per_expert_end;      // [experts_per_rank]  where an expert's rows end in the expanded layout, padding apart
   int32_t* per_expert;          // [experts_per_rank]  counts
 };
 
@@ -21,10 +22,10 @@ EP_DEVICE void report_counts(const Window& window, int experts_per_rank, int ali
   if (thread < window.num_ranks) out.per_rank[thread] = tables.row_base[thread + 1];
   EP_NO_UNROLL
   for (int e = thread; e < experts_per_rank; e += device::num_threads()) {
-    const int count = tables.expert_total[e];
+    const int start = tables.expert_row[e], count = tables.expert_total[e];  // source 0's rows come first
     out.per_expert[e] = count;
-    out.per_expert_aligned[e] =
-        tables.expert_row[e] + align_up(count, alignment);  // source 0's rows start the expert's
+    out.per_expert_aligned[e] = start + align_up(count, alignment);
+    out.per_expert_end[e] = start + count;
   }
 }
 

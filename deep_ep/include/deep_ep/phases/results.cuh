@@ -52,9 +52,4 @@ struct Results {
   EP_DEVICE const char* row(int index) const { return rows.x + index * rows.stride; }
 };
 
-// Of numbered things those that one warp deals with: every step-th.
-struct Share {
-  int first, step;
-};
-
 }  // namespace deep_ep

@@ -1,6 +1,6 @@
 #pragma once
 // reads         control.blocks_done
-// writes        control.blocks_done, .epoch; the peers' control.drained
+// writes        control.blocks_done, .claimed, .epoch; the peers' control.drained
 // waits for     nothing: the last block to come here does the work
 // leaves behind at every peer the mark that its records have been read, and here the epoch of the next operation
 
@@ -25,6 +25,7 @@ EP_DEVICE void retire(const Window& window, uint32_t epoch) {
   }
   if (lane == 0) {
     device::store_relaxed_gpu(&own.blocks_done, 0u);
+    for (uint32_t& claimed : own.claimed) device::store_relaxed_gpu(&claimed, 0u);
     device::store_relaxed_gpu(&own.epoch, epoch);
   }
 }

@@ -23,7 +23,7 @@ enum class Filled { kYes, kNotYet, kNoMore };
 
 // What the warp must remember of a piece between the verbs.
 struct Ticket {
-  int32_t token, row, source, offset, bytes, last, parts, unused;
+  int32_t token, row, source, offset, bytes, last, parts, with_tail;
   int32_t slot[kMaxRanks];  // [r]: where the piece goes at rank r, or -1
 };
 

@@ -1,12 +1,13 @@
 #pragma once
-// reads         x and its scale factors, and the routing of the block's range
+// reads         x, and the routing and places of all tokens
 // writes        staged records and arrival marks at the peers
-// waits for     its own bulk stores (admit has let us in)
+// waits for     its own bulk stores (admit has let us in, and await_settled)
 // leaves behind at each peer a whole record before its mark (announce.cuh)
 //
 // A row is loaded once and stored once for each peer that it goes to.
 
 #include <deep_ep/phases/announce.cuh>
+#include <deep_ep/phases/claims.cuh>
 #include <deep_ep/phases/compose.cuh>
 #include <deep_ep/phases/ring.cuh>
 #include <deep_ep/wire/window.cuh>
@@ -20,26 +21,29 @@ struct Rows {
 
 template <class Ring>
 EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, const Routing& routing,
-                       const TokenTables& tables, const Rows& rows, const Record& record, int piece_bytes, Range range,
-                       int first, int step) {
+                       const TokenTables& tables, const Rows& rows, const Record& record, int piece_bytes) {
+  constexpr int kTokens = 8;  // that share a release
   const int lane = device::lane_idx();
-  Announcer announcer(window, epoch);
-  int ahead = range.begin + first;  // the token after the one being loaded
-  Choice next = load_choice(routing, tables, ahead, range.end);
+  Announcer announcer(window, epoch, kTokens);
+  Claims claims(window, Queue::kSend);
+  int ahead = claims.take();  // the token after the one being loaded
+  Choice next = load_choice(routing, tables, ahead, routing.num_tokens);
   Choice choice = next;
   int token = -1, offset = 0, slot_at_rank = -1;
 
   // The next token that leaves this rank; lane r learns its slot at rank r.
   const auto next_token = [&] {
     EP_NO_UNROLL
-    while (ahead < range.end) {
+    while (ahead < routing.num_tokens) {
       token = ahead;
       choice = next;
-      ahead += step;
-      next = load_choice(routing, tables, ahead, range.end);
+      ahead = claims.take();
       const Selection selection = select(routing, choice.expert);
       uint32_t speakers = device::ballot(selection.speaks && selection.rank != window.rank);
-      if (speakers == 0) continue;
+      if (speakers == 0) {
+        next = load_choice(routing, tables, ahead, routing.num_tokens);
+        continue;
+      }
       slot_at_rank = -1;
       EP_NO_UNROLL
       for (; speakers != 0; speakers &= speakers - 1) {
@@ -56,9 +60,11 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
     if (offset == 0 && !next_token()) return Filled::kNoMore;
     const int bytes = min_of(piece_bytes, record.row_bytes - offset);
     const bool last = offset + bytes == record.row_bytes;
-    if (last) compose_tail(routing, tables.scales, token, choice, stage.data + bytes);
+    if (last) {
+      compose_tail(routing, tables.scales, token, choice, stage.data + bytes);
+      device::fence_async_proxy_shared();
+    }
     if (lane < window.num_ranks) stage.ticket->slot[lane] = slot_at_rank;
-    device::fence_async_proxy_shared();
     device::sync_warp();
     if (device::elect()) {
       stage.ticket->offset = offset;
@@ -68,6 +74,8 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
       device::bulk_load(stage.data, rows.x + token * rows.stride + offset, bytes, *stage.full);
     }
     device::sync_warp();
+    // Behind the load and, in long rows, before the last piece's fence, which would wait for it.
+    if (offset == 0) next = load_choice(routing, tables, ahead, routing.num_tokens);
     offset = last ? 0 : offset + bytes;
     return Filled::kYes;
   };
@@ -83,8 +91,7 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
       }
     }
     ++drained;
-    if (ticket.last)
-      announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained, (range.end - ahead) / step);
+    if (ticket.last) announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();

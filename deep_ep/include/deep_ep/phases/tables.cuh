@@ -15,10 +15,9 @@ struct Tables {
   int* rank_total;    // [kMaxRanks]
   int* row_base;      // [kMaxRanks + 1]  first row of each source in the plain layout; the last is the number of rows
   int* expert_row;    // [num_experts = sources x local experts]  first expanded row of (source, local expert)
-  int* starts;        // [num_ranks][kMaxBlocks + 1]  where the slots of each sending block start
 
-  static constexpr int bytes(int num_experts, int num_ranks) {
-    const int words = 4 + 3 * num_experts + 3 * kMaxRanks + 4 + num_ranks * (kMaxBlocks + 1);
+  static constexpr int bytes(int num_experts) {
+    const int words = 4 + 3 * num_experts + 3 * kMaxRanks + 4;
     return (words * 4 + 127) / 128 * 128;
   }
 
@@ -31,7 +30,6 @@ struct Tables {
     tables.rank_total = tables.rank_below + kMaxRanks;
     tables.row_base = tables.rank_total + kMaxRanks;
     tables.expert_row = tables.row_base + kMaxRanks + 4;
-    tables.starts = tables.expert_row + num_experts;
     return tables;
   }
 };

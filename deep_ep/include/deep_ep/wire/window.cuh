@@ -3,7 +3,7 @@
 // at the same offsets (deep_ep/layout.py owns the table), so an address is a base plus an offset.
 //
 //   control    epoch, drained marks                            written by this rank and, a word each, by its peers
-//   partials   one word per (block, expert or rank)            written and read by this rank's blocks only
+//   partials   one word per (block, expert or rank), and one   written and read by this rank's blocks only
 //   messages   one Message per source rank                     written by that source
 //   arrived    one word per (source rank, slot)                written by that source
 //   rows       one record per (source rank, slot)              written by that source; a rank keeps none for itself
@@ -19,9 +19,13 @@ namespace deep_ep {
 struct Control {
   uint32_t epoch;               // of the last finished operation
   uint32_t blocks_done;         // blocks of the running operation that have finished
-  uint32_t reserved[30];        // the words above are this rank's own; peers write the next cache line
+  uint32_t claimed[2];          // [queue]: items of the running operation that warps have taken
+  uint32_t reserved[28];        // the words above are this rank's own; peers write the next cache line
   uint32_t drained[kMaxRanks];  // [r]: the last operation in which rank r has read all that this rank sent to it
 };
+
+// What warps share out among them as they get to it (claims.cuh).
+enum class Queue { kSend, kReceive };
 
 struct Window {
   char* base[kMaxRanks];  // as this rank addresses them
@@ -33,9 +37,12 @@ struct Window {
 
 EP_DEVICE Control& control(const Window& window, int at) { return *reinterpret_cast<Control*>(window.base[at]); }
 
-// Word `index` of what block `block` of this rank counted.
+// What block `block` of this rank counted, and, last, that it has settled its tokens' places.
+constexpr int kPartialWords = kMaxExperts + kMaxRanks + 1;
+constexpr int kSettledWord = kPartialWords - 1;
+
 EP_DEVICE uint64_t* partials(const Window& window, int block) {
-  return reinterpret_cast<uint64_t*>(window.base[window.rank] + window.partials) + block * (kMaxExperts + kMaxRanks);
+  return reinterpret_cast<uint64_t*>(window.base[window.rank] + window.partials) + block * kPartialWords;
 }
 
 // The message that lies at rank `at` and that rank `from` wrote.

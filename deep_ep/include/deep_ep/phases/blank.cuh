@@ -1,0 +1,63 @@
+#pragma once
+// What no token fills says so, whatever its memory held.
+//
+// reads         tables of a block that has collected
+// writes        recv_topk_idx past the last token; the padding rows of the expanded layout
+// waits for     nothing
+// leaves behind "no expert", and zeros
+
+#include <deep_ep/phases/copy_out.cuh>
+
+namespace deep_ep {
+
+// Rows past the real count have no expert.
+EP_DEVICE void blank_unused(const Routing& routing, int used_rows, const Blocks& team, const Received& out) {
+  const int thread = team.own() * device::num_threads() + device::thread_idx();
+  const int num_threads = team.count * device::num_threads();
+  const int64_t end = int64_t(out.rows) * routing.num_topk;
+  EP_NO_UNROLL
+  for (int64_t entry = int64_t(used_rows) * routing.num_topk + thread; entry < end; entry += num_threads) {
+    if (routing.index_bytes == 8) {
+      static_cast<int64_t*>(out.topk_idx)[entry] = -1;
+    } else {
+      static_cast<int32_t*>(out.topk_idx)[entry] = -1;
+    }
+  }
+}
+
+EP_DEVICE void zero_row(const Received& out, int row, int row_bytes) {
+  const int lane = device::lane_idx();
+  char* to = out.x + row * out.stride;
+  EP_NO_UNROLL
+  for (int at = lane * int(sizeof(device::Vector16)); at < row_bytes; at += 32 * int(sizeof(device::Vector16))) {
+    *reinterpret_cast<device::Vector16*>(to + at) = {};
+  }
+  EP_NO_UNROLL
+  for (int i = lane; i < out.scales.count; i += 32) out.scales.at(row, i) = 0;
+  if (lane == 0 && out.weights != nullptr) out.weights[row] = 0.0f;
+}
+
+// Rows between an expert's last one and the next expert's first; the warps of the team take them in turn.
+EP_DEVICE void zero_padding(int row_bytes, int experts_per_rank, int alignment, const Tables& tables,
+                            const Blocks& team, const Received& out) {
+  const int block_warps = device::num_threads() / 32, num_warps = team.count * block_warps;
+  const int warp = team.own() * block_warps + device::warp_idx();
+  EP_NO_UNROLL
+  for (int e = 0; e < experts_per_rank; ++e) {
+    const int start = tables.expert_row[e], count = tables.expert_total[e];  // source 0's rows come first
+    const int end = min_of(start + align_up(count, alignment), out.expanded_rows);
+    EP_NO_UNROLL
+    for (int row = start + count + warp; row < end; row += num_warps) zero_row(out, row, row_bytes);
+  }
+}
+
+EP_DEVICE void blank(const Window& window, const Routing& routing, const Record& record, int alignment,
+                     const Tables& tables, const Blocks& team, const Received& out) {
+  if (out.layout == Layout::kPlain) {
+    blank_unused(routing, tables.row_base[window.num_ranks], team, out);
+  } else if (out.padding == Padding::kZero) {
+    zero_padding(record.row_bytes, routing.experts_per_rank, alignment, tables, team, out);
+  }
+}
+
+}  // namespace deep_ep
