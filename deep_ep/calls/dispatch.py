@@ -191,11 +191,14 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
     on_comm_stream = request.timing.allocate_on_comm_stream
     with order.running():
         topk_idx = request.topk_idx.contiguous()
-        kept_idx = topk_idx.clone() if request.copy_topk_idx and topk_idx is request.topk_idx else topk_idx
+        copies_idx = request.copy_topk_idx and topk_idx is request.topk_idx
+        kept_idx = torch.empty_like(topk_idx) if copies_idx else topk_idx
         weights = None if request.weights is None else request.weights.contiguous()
         # Slots and positions: as this rank sent them, then as it keeps them.
         places = topk_idx.new_empty((4, *topk_idx.shape), dtype=torch.int32)
     args = _arguments(endpoint, request, topk_idx, weights, places, launch)
+    args.kept_idx = kept_idx.data_ptr() if copies_idx else None
+    made_by_kernel = (places, kept_idx) if copies_idx else (places,)
     reads: Tensors = (request.payload.rows, request.payload.scales, topk_idx, weights)
 
     def run(half: Half, *writes: torch.Tensor | None) -> None:
@@ -215,7 +218,7 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
     with endpoint.breaking_on_error("dispatch"):
         if request.exact_sizes:
             args.host_words = endpoint.expect_counts()
-            run(Half.SEND, places)
+            run(Half.SEND, *made_by_kernel)
             tokens, counts = endpoint.wait_for_counts(request.num_experts // num_ranks)
             aligned_counts = [layout.align(count, request.alignment) for count in counts]
             sizes = Sizes.exact(tokens, aligned_counts)
@@ -223,7 +226,7 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
             outputs = Outputs.allocate(request, sizes, num_ranks)
         outputs.fill_in(args, request, sizes)
         order.wait_for(request.timing.previous_event_before_epilogue)
-        run(Half.RECEIVE if request.exact_sizes else Half.BOTH, places, *outputs.tensors)
+        run(Half.RECEIVE if request.exact_sizes else Half.BOTH, *made_by_kernel, *outputs.tensors)
     event = order.end((*reads, request.topk_idx), (topk_idx, kept_idx, weights, places, *outputs.tensors))
 
     handle = _handle(endpoint, request, outputs, sizes, aligned_counts, kept_idx, slots=places[0])

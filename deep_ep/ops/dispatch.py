@@ -89,6 +89,7 @@ class DispatchArgs(ctypes.Structure):
         ("kept", Places),
         ("received", Received),
         ("counts", Counts),
+        ("kept_idx", ctypes.c_void_p),
         ("host_words", ctypes.c_void_p),
         ("alignment", ctypes.c_int32),
         ("num_place_warps", ctypes.c_int32),

@@ -29,6 +29,7 @@ from tests.sim import swarm
 
 MAX_SEEDS = 40
 NUM_RANKS = 2
+TWO_SENDERS = 5  # SMs: with the simulated roles, two of them send
 MANY_TOKENS = 24  # a warp announces a batch while later pieces are under way
 
 
@@ -40,6 +41,7 @@ class Bug:
         noticed_by: a text that the error must hold; which tool is to see it is part of what we know about a bug.
         times: how often the old text stands there.
         num_tokens: that a rank sends at least; what shows late needs many.
+        num_sms: of every call, at most.
         combining: the layout in which it shows.
     """
 
@@ -50,6 +52,7 @@ class Bug:
     noticed_by: str
     times: int = 1
     num_tokens: int = 3
+    num_sms: int = 3
     combining: combines.Options = combines.PLAIN
 
 
@@ -63,8 +66,8 @@ SYNC_WARP = "    device::sync_warp();\n"
 BUGS = (
     # The copy engine does not see what threads did to a stage: one for each place where it must.
     Bug("scatter-without-fence", "phases/scatter.cuh", FENCE_SHARED, "", RACE),
-    Bug("push-without-fence", "phases/push_rows.cuh", "device::fence_async_proxy_shared();", ";", RACE),
-    Bug("copy-out-without-fence", "phases/copy_out.cuh", FENCE_SHARED, "", RACE),
+    Bug("push-without-fence", "phases/push_rows.cuh", "if (row_ends || kReturn == Return::kSum)", "if (false)", RACE),
+    Bug("landed-without-fence", "phases/copy_out.cuh", "device::fence_async_proxy_shared();  // the tail", "//", RACE),
     # Nor what was acquired from a peer.
     Bug("arrivals-without-fence", "phases/copy_out.cuh", FENCE_GLOBAL, "", RACE),
     Bug("admit-without-fence", "phases/admit.cuh", "  device::fence_async_proxy_global();", "", RACE),
@@ -89,7 +92,8 @@ BUGS = (
         DEADLOCK,
     ),
     # Rows of the expanded layout.
-    Bug("sum-without-fence", "phases/push_rows.cuh", "device::fence_async_proxy_shared();", ";", RACE, combining=SUMS),
+    Bug("sum-without-fence", "phases/push_rows.cuh", "if (row_ends || kReturn == Return::kSum)",
+        "if (row_ends && kReturn != Return::kSum)", RACE, combining=SUMS),
     Bug("sum-of-own-rows-unrounded", "phases/reduce.cuh", "parts.sum = device::ballot(own && selection.speaks);", "",
         "differs", combining=SUMS),
     Bug("own-sum-first", "phases/reduce.cuh", "parts.lanes & (parts.sum - 1)",
@@ -112,6 +116,10 @@ BUGS = (
     Bug("place-without-sync", "phases/place.cuh", SYNC_WARP, "", RACE, times=4),
     Bug("dispatch-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n", "", RACE, times=7),
     Bug("collect-without-sync", "phases/collect.cuh", "  device::sync_block();\n\n", "", RACE),
+    Bug("settled-relaxed", "phases/place.cuh", "store_release_gpu", "store_relaxed_gpu", RACE,
+        num_sms=TWO_SENDERS),
+    Bug("await-settled-relaxed", "phases/place.cuh", "load_acquire_gpu", "load_relaxed_gpu", RACE,
+        num_sms=TWO_SENDERS),
     # Places.
     Bug("stage-at-the-next-slot", "phases/push_rows.cuh", ".row = parcel.slot,", ".row = parcel.slot + 1,", ""),
     Bug(
@@ -130,6 +138,8 @@ BUGS = (
     Bug("blocks-done-relaxed", "phases/retire.cuh", "fetch_add_acq_rel_gpu", "fetch_add_relaxed_gpu", RACE),
     Bug("retire-without-sync", "phases/retire.cuh", "  device::sync_block();\n", "", RACE),
     Bug("same-epoch-again", "phases/retire.cuh", "    device::store_relaxed_gpu(&own.epoch, epoch);\n", "", ""),
+    Bug("claims-not-reset", "phases/retire.cuh", "device::store_relaxed_gpu(&claimed, 0u);",
+        "static_cast<void>(claimed);", ""),
     Bug("blocks-done-not-reset", "phases/retire.cuh", "    device::store_relaxed_gpu(&own.blocks_done, 0u);\n", "", ""),
 )  # fmt: skip
 
@@ -163,7 +173,7 @@ def patched_toolchain(folder: Path, bug: Bug | None) -> PatchedGxx:
     return PatchedGxx(race_detector=True, include=include)
 
 
-def draw_story(seed: int, num_tokens: int, combining: combines.Options) -> swarm.Story:
+def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms: int) -> swarm.Story:
     """Short, and with everything in it that a bug may need: peers, several blocks, several operations under way."""
     r = random.Random(seed)
     many_rows = combining == EVERY_ROW  # of a token at one rank: the last ones leave long after the first
@@ -179,7 +189,7 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options) -> swarm
             do_cpu_sync=False,
             with_weights=True,
             num_biases=idx % 2,
-            num_sms=2 + seed % 2,
+            num_sms=num_sms - (seed + 1) % 2,
             spare_tokens=0,
             options=Options(hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True),
             combining=combining,
@@ -190,7 +200,7 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options) -> swarm
         seed=seed,
         num_ranks=NUM_RANKS,
         roles=swarm.ROLES[0],
-        num_sms=(3,) * NUM_RANKS,
+        num_sms=(num_sms,) * NUM_RANKS,
         delays={seed % NUM_RANKS: r.choice([0, 10**4, 10**6])},
         largest=num_tokens + 4,
         longest=swarm.SHORT,
@@ -199,7 +209,9 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options) -> swarm
     )
 
 
-def find_error(toolchain: jit.Gxx, num_tokens: int, combining: combines.Options) -> tuple[int, str]:
+def find_error(
+    toolchain: jit.Gxx, num_tokens: int, combining: combines.Options = combines.PLAIN, num_sms: int = 3
+) -> tuple[int, str]:
     """Tell stories until one goes wrong.
 
     Returns:
@@ -208,7 +220,7 @@ def find_error(toolchain: jit.Gxx, num_tokens: int, combining: combines.Options)
     for seed in range(MAX_SEEDS):
         with World(race_detector=True, timeout_s=60) as world:
             try:
-                swarm.tell(draw_story(seed, num_tokens, combining), world, toolchain)
+                swarm.tell(draw_story(seed, num_tokens, combining, num_sms), world, toolchain)
             except (AssertionError, SimulationError) as error:
                 return seed + 1, str(error)
     return MAX_SEEDS, ""
@@ -219,8 +231,8 @@ def plant(bug: Bug | None) -> tuple[int, str]:
     with tempfile.TemporaryDirectory() as folder:
         toolchain = patched_toolchain(Path(folder), bug)
         if bug is None:
-            return find_error(toolchain, MANY_TOKENS, combines.PLAIN)
-        return find_error(toolchain, bug.num_tokens, bug.combining)
+            return find_error(toolchain, MANY_TOKENS)
+        return find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms)
 
 
 def summary(text: str) -> str:

@@ -23,7 +23,7 @@ def ring_asserts(crew: Crew) -> str:
 
 
 # Experts and ranks.
-TABLES = [(8, 1), (256, 8), (layout.MAX_EXPERTS, layout.MAX_RANKS), (30, 3)]
+TABLES = [8, 30, 256, layout.MAX_EXPERTS]
 CREWS = {
     crew
     for machine in ROLES.values()
@@ -46,7 +46,7 @@ static_assert(sizeof(device::FaultRecord) == {ctypes.sizeof(FaultRecord)});
 
 static_assert(sizeof(Ticket) == {plan.TICKET_BYTES});
 static_assert(sizeof(device::Mbarrier) == {plan.MBARRIER_BYTES});
-{chr(10).join(f"static_assert(Tables::bytes({e}, {r}) == {plan.tables_bytes(e, r)});" for e, r in TABLES)}
+{chr(10).join(f"static_assert(Tables::bytes({e}) == {plan.tables_bytes(e)});" for e in TABLES)}
 {chr(10).join(sorted(map(ring_asserts, CREWS)))}
 }}  // namespace deep_ep
 """

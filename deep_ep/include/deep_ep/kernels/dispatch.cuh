@@ -49,6 +49,7 @@ struct DispatchArgs {
   Places kept;           // what receivers work out for themselves, so that no half waits for the other
   Received received;
   Counts counts;
+  void* kept_idx;       // [num_tokens, num_topk], null or where a copy of topk_idx goes
   int32_t* host_words;  // null, or where a launch of senders only reports the counts
   int32_t alignment;
   int32_t num_place_warps;  // as many as have room for their counts (plan.py)
@@ -79,6 +80,8 @@ EP_DEVICE void place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, 
     if (sends(a.num_send_blocks)) publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
     if (places_tokens) settle(a.routing, share, places.slots, places.positions, counts, tables);
   }
+  const bool copies = !sends(a.num_send_blocks) || a.num_send_blocks == device::num_blocks();
+  if (copies && a.kept_idx != nullptr) keep_selections(a.routing, range, a.kept_idx);
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
   device::sync_block();
   if (device::load_relaxed_gpu(tables.ok) != 0) tell_settled(a.window, epoch);

@@ -135,6 +135,19 @@ EP_DEVICE void settle(const Routing& routing, Range share, int* slots, int* posi
   }
 }
 
+// Copies topk_idx of the block's range, for the handle: a launch of its own would cost more.
+EP_DEVICE void keep_selections(const Routing& routing, Range range, void* to) {
+  const int64_t end = int64_t(range.end) * routing.num_topk;
+  for (int64_t entry = int64_t(range.begin) * routing.num_topk + device::thread_idx(); entry < end;
+       entry += device::num_threads()) {
+    if (routing.index_bytes == 8) {
+      static_cast<int64_t*>(to)[entry] = static_cast<const int64_t*>(routing.topk_idx)[entry];
+    } else {
+      static_cast<int32_t*>(to)[entry] = static_cast<const int32_t*>(routing.topk_idx)[entry];
+    }
+  }
+}
+
 // Tells the team's other blocks that this block's tokens have their places. Collective over the block, which has
 // synchronised.
 EP_DEVICE void tell_settled(const Window& window, uint32_t epoch) {
