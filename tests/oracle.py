@@ -225,9 +225,9 @@ def combine_every_row(
         for b in bias:
             total = total + b[token].float().numpy()
         for k, expert in enumerate(chosen):
-            if expert >= 0:
-                at = expert // local
-                place = int(dispatched[at].metadata[received_as[at][rank, token], 2 + k])
+            at = expert // local
+            place = int(dispatched[at].metadata[received_as[at][rank, token], 2 + k]) if expert >= 0 else -1
+            if place >= 0:
                 total = total + outputs[at][place].float().numpy()
                 weights[token, k] = out_weights[at][place]
         x[token] = torch.from_numpy(total).bfloat16()

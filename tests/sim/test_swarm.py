@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.elastic import combines
+from deep_ep import jit
+from deep_ep.machine.world import World
+from tests.elastic import cases, combines
 from tests.sim import swarm
 
 NUM_SEEDS, NUM_RACE_SEEDS = 320, 36
@@ -36,18 +39,18 @@ def test_no_races(first: int) -> None:
 def test_the_draw_covers_what_it_should() -> None:
     """Whoever changes how stories are drawn learns here what fell out."""
     stories = [swarm.Story.draw(seed, race=False) for seed in range(NUM_SEEDS)]
-    cases = [case for story in stories for case in story.cases]
+    drawn = [case for story in stories for case in story.cases]
     assert {1, 2, 3, 4, 8, 16} <= {story.num_ranks for story in stories}
     assert {story.roles for story in stories} == set(swarm.ROLES)
-    assert {"random", "holes", "skewed", "masked", "twice"} == {case.kind for case in cases}
-    assert {1, 2, 8, 32} <= {case.num_topk for case in cases}
-    assert {0, 1, 2} == {case.num_biases for case in cases}
-    assert {case.do_cpu_sync for case in cases} == {case.with_weights for case in cases} == {False, True}
+    assert {"random", "holes", "skewed", "masked", "twice"} == {case.kind for case in drawn}
+    assert {1, 2, 8, 32} <= {case.num_topk for case in drawn}
+    assert {0, 1, 2} == {case.num_biases for case in drawn}
+    assert {case.do_cpu_sync for case in drawn} == {case.with_weights for case in drawn} == {False, True}
     flags = itertools.product([False, True], repeat=2)
-    assert {case.combining for case in cases} == {combines.Options(*each) for each in flags}
-    options = [each for case in cases for each in (case.first, *case.again)]
-    assert {0, 1, 2} == {len(case.again) for case in cases}
-    layouts = {(case.do_cpu_sync, case.first.do_expand, each.do_expand) for case in cases for each in case.again}
+    assert {case.combining for case in drawn} == {combines.Options(*each) for each in flags}
+    options = [each for case in drawn for each in (case.first, *case.again)]
+    assert {0, 1, 2} == {len(case.again) for case in drawn}
+    layouts = {(case.do_cpu_sync, case.first.do_expand, each.do_expand) for case in drawn for each in case.again}
     assert layouts == set(itertools.product((False, True), repeat=3))
     assert {0, 1, 8} <= {each.num_scales for each in options}
     assert any(each.num_scales > 64 for each in options), "more than a token's lanes hold ahead"
@@ -57,8 +60,8 @@ def test_the_draw_covers_what_it_should() -> None:
     )
     assert {each.with_stats for each in options} == {each.with_weights for each in options} == {False, True}
     assert {each.packed for each in options} == {each.col_major_scales for each in options} == {False, True}
-    assert any(max(case.tokens) == 0 for case in cases)
-    assert any(0 in case.tokens and max(case.tokens) > 1 for case in cases)
+    assert any(max(case.tokens) == 0 for case in drawn)
+    assert any(0 in case.tokens and max(case.tokens) > 1 for case in drawn)
     assert any(case.first.hidden == story.longest == swarm.LONG for story in stories for case in story.cases)
     assert any(story.num_overlapping > 2 for story in stories)
     assert any(len(set(story.num_sms)) > 1 and 1 in story.num_sms for story in stories)
@@ -71,6 +74,31 @@ def test_the_draw_covers_what_it_should() -> None:
     expanded = [case.combining for story in racing for case in story.cases if case.combining.expanded]
     assert {options.multiple_reduction for options in expanded} == {False, True}
     assert any(story.longest == swarm.LONG for story in racing)
+
+
+@pytest.mark.parametrize("race", [False, pytest.param(True, marks=pytest.mark.race)])
+@pytest.mark.parametrize("multiple_reduction", [False, True])
+def test_nobody_waits_for_rows_that_are_lost(multiple_reduction: bool, race: bool) -> None:
+    """Every token names one expert three times, and the worst case has room for one row a token: the last tokens have
+    none at all."""
+    case = cases.Case(
+        seed=1,
+        tokens=(6, 4),
+        hidden=520,
+        num_topk=3,
+        num_experts=2,
+        kind="same",
+        alignment=1,
+        do_cpu_sync=False,
+        with_weights=True,
+        num_biases=1,
+        num_sms=2,
+        spare_tokens=0,
+        combining=combines.Options(expanded=True, multiple_reduction=multiple_reduction),
+    )
+    story = replace(swarm.Story.draw(0, race), num_ranks=2, num_sms=(2, 2), delays={}, cases=(case,), num_overlapping=0)
+    with World(race_detector=race) as world:
+        swarm.tell(story, world, jit.Gxx(race_detector=race))
 
 
 def test_a_seed_is_one_story() -> None:

@@ -45,7 +45,7 @@ def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int) -> No
 def test_regions_hold_what_kernels_index(num_ranks: int, pages: int) -> None:
     """The largest index of include/deep_ep/wire/window.cuh in each region."""
     window = window_layout(num_ranks, pages * PAGE)
-    assert window["partials"].num_bytes >= 8 * layout.MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS)
+    assert window["partials"].num_bytes >= 8 * layout.MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS + 1)
     assert window["messages"].num_bytes >= 8 * num_ranks * layout.message_words(num_ranks)
     assert window["arrived"].num_bytes >= 4 * num_ranks * window.slots_per_source
     assert layout.message_words(num_ranks) >= 1 + 2 * layout.PLAN_WORDS + MAX_EXPERTS // num_ranks

@@ -63,6 +63,19 @@ EP_DEVICE void add_into(char* stage, uint32_t lanes, const char* row_of_lane, in
   });
 }
 
+// What can be loaded a token ahead, so that nobody waits for it.
+template <Return kReturn>
+EP_DEVICE Parcel next_parcel(Owed& owed, const Results& results, int max_tokens) {
+  Parcel parcel = owed.next();
+  if (parcel.owner < 0) return parcel;
+  parcel.row = results.row_of_lane<kReturn>(parcel.received);
+  if constexpr (kReturn == Return::kRow) parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
+  if constexpr (kReturn == Return::kEveryRow) {
+    parcel.place = (results.token(parcel.received) - parcel.owner * max_tokens) * results.num_topk;
+  }
+  return parcel;
+}
+
 template <Return kReturn, class Ring>
 EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Results& results, int max_tokens,
                          int piece_bytes) {
@@ -72,18 +85,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
   const int num_weights = kReturn == Return::kEveryRow ? 1 : num_topk;
   Announcer announcer(window, epoch, kTokens);
   Owed owed(window, results.by_owner);
-  // What can be loaded a token ahead: nobody waits for it then.
-  const auto look_ahead = [&] {
-    Parcel parcel = owed.next();
-    if (parcel.owner < 0) return parcel;
-    parcel.row = results.row_of_lane<kReturn>(parcel.received);
-    if constexpr (kReturn == Return::kRow) parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
-    if constexpr (kReturn == Return::kEveryRow) {
-      parcel.place = (results.token(parcel.received) - parcel.owner * max_tokens) * num_topk;
-    }
-    return parcel;
-  };
-  Parcel parcel, next = look_ahead();
+  Parcel parcel, next = next_parcel<kReturn>(owed, results, max_tokens);
   uint32_t left = 0;  // the lanes whose rows are still to be sent; one lane, where one row stands for all
   int offset = 0;
 
@@ -97,8 +99,10 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
         parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
       }
     }
-    const int k = lowest_bit(left), bytes = min_of(piece_bytes, record.row_bytes - offset);
-    const bool row_ends = offset + bytes == record.row_bytes, last = row_ends && (left & (left - 1)) == 0;
+    // Where an expert was named twice, rows may be lost (place.cuh). Without any the piece is empty: the mark goes alone.
+    const bool empty = kReturn == Return::kEveryRow && left == 0;
+    const int k = empty ? 0 : lowest_bit(left), bytes = empty ? 0 : min_of(piece_bytes, record.row_bytes - offset);
+    const bool row_ends = empty || offset + bytes == record.row_bytes, last = row_ends && (left & (left - 1)) == 0;
     const char* from = results.row(parcel.row) + offset;
     if constexpr (kReturn == Return::kSum) {
       add_into(stage.data, device::ballot(parcel.row >= 0), from, bytes);
@@ -115,9 +119,9 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
                        .row = parcel.slot,
                        .source = parcel.owner,
                        .offset = offset,
-                       .bytes = row_ends ? bytes + record.tail_bytes : bytes,
+                       .bytes = row_ends && !empty ? bytes + record.tail_bytes : bytes,
                        .last = last};
-      if constexpr (kReturn == Return::kSum) {
+      if (kReturn == Return::kSum || empty) {
         device::mbarrier_arrive(*stage.full);
       } else {
         device::mbarrier_arrive_expect(*stage.full, bytes);
@@ -126,7 +130,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
     }
     device::sync_warp();
     // Behind the load and, in long rows, before the last piece's fence, which would wait for it.
-    if (begins) next = look_ahead();
+    if (begins) next = next_parcel<kReturn>(owed, results, max_tokens);
     offset = row_ends ? 0 : offset + bytes;
     if (row_ends) left &= left - 1;
     return Filled::kYes;
@@ -134,7 +138,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
   int drained = 0;
   const auto drain = [&](Stage stage) {
     const Ticket& ticket = *stage.ticket;
-    if (device::elect()) {
+    if (device::elect() && ticket.bytes > 0) {
       char* to = kReturn == Return::kEveryRow
                      ? returned(window, ticket.source, ticket.token, record.bytes())
                      : staged(window, ticket.source, window.rank, ticket.row, max_tokens, record.bytes());

@@ -30,18 +30,17 @@ struct Combined {
   int64_t bias_stride[2];  // bytes
 };
 
-// What a token's sum is made of: the rows to which some lanes point, in the order of the lanes. Those in `own` are rows
-// of this rank that become one part first, in the place of the last of them.
+// What a token's sum is made of: the rows to which some lanes point, in the order of the lanes. In the place of lane
+// `sum`, if any, stands the rounded sum of this rank's own rows.
 struct Parts {
-  uint32_t lanes, own;
+  uint32_t lanes, own, sum;
   const char* row_of_lane;
 };
 
 template <int kTogether>
 EP_DEVICE void add_columns(const Combined& out, int token, const Parts& parts, const Columns<kTogether>& at) {
-  const uint32_t part = parts.own & parts.lanes;  // the lane of the last own row, or none
   Rounded<kTogether> own;
-  if (part != 0) {
+  if (parts.sum != 0) {
     Sum<kTogether> sum;
     sum.add_lanes(parts.own, parts.row_of_lane, at);
     own = sum.rounded();
@@ -53,10 +52,10 @@ EP_DEVICE void add_columns(const Combined& out, int token, const Parts& parts, c
   } else if (out.bias[0] != nullptr) {
     sum.add(bias(0));
   }
-  sum.add_lanes(parts.lanes & (part - 1), parts.row_of_lane, at);  // all of them, if there is no own part
-  if (part != 0) {
+  sum.add_lanes(parts.lanes & (parts.sum - 1), parts.row_of_lane, at);  // all of them, if there is no own sum
+  if (parts.sum != 0) {
     sum.add(own);
-    sum.add_lanes(parts.lanes & ~(2 * part - 1), parts.row_of_lane, at);
+    sum.add_lanes(parts.lanes & ~(2 * parts.sum - 1), parts.row_of_lane, at);
   }
   if (at.mine()) sum.rounded().stream(at.of(out.x + token * out.stride));
 }
@@ -104,8 +103,12 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
       const float* tail = reinterpret_cast<const float*>(row + record.row_bytes);
       if (out.weights != nullptr) weight = tail[kOwnRecord ? 0 : lane];
     }
-    const Parts parts{device::ballot(kReturn == Return::kEveryRow ? chosen : selection.speaks),
-                      kReturn == Return::kSum ? device::ballot(own) : 0, row};
+    const bool there = own_row >= 0 || (chosen && !own);  // own rows may be lost (place.cuh)
+    Parts parts{device::ballot(there && (kReturn == Return::kEveryRow || selection.speaks)), 0, 0, row};
+    if constexpr (kReturn == Return::kSum) {
+      parts.own = device::ballot(own && there);
+      parts.sum = device::ballot(own && selection.speaks);
+    }
     for_columns(record.row_bytes, [&](const auto& at) { add_columns(out, token, parts, at); });
     if (out.weights != nullptr && lane < num_topk) out.weights[int64_t(token) * num_topk + lane] = weight;
   }
