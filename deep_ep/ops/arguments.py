@@ -73,6 +73,7 @@ class Routing(ctypes.Structure):
         ("experts_per_rank", ctypes.c_int32),
         ("index_bytes", ctypes.c_int32),
         ("max_tokens", ctypes.c_int32),
+        ("ranks_per_expert", ctypes.c_float),
     ]
 
     @staticmethod
@@ -85,6 +86,7 @@ class Routing(ctypes.Structure):
             experts_per_rank=num_experts // num_ranks,
             index_bytes=topk_idx.element_size(),
             max_tokens=max_tokens,
+            ranks_per_expert=num_ranks / num_experts,
         )
 
 

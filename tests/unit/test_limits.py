@@ -6,6 +6,7 @@ import ctypes
 from pathlib import Path
 
 import pytest
+import torch
 
 from deep_ep import layout, plan
 from deep_ep.errors import EPCompileError
@@ -69,3 +70,14 @@ def test_a_difference_is_seen(toolchain: Toolchain, tmp_path: Path) -> None:
 def test_control_comes_first() -> None:
     """Kernels find the control words at the very start of the window, without an offset."""
     assert layout.window_layout(2, layout.window_bytes(2, 64, 1024, 8))["control"].offset == 0
+
+
+def test_ranks_are_found_by_multiplication() -> None:
+    """Routing.rank_of in include/deep_ep/wire/routing.cuh: float arithmetic finds every quotient."""
+    experts = torch.arange(layout.MAX_EXPERTS)
+    for num_ranks in range(1, layout.MAX_RANKS + 1):
+        for local in range(1, layout.MAX_EXPERTS // num_ranks + 1):
+            expert = experts[: num_ranks * local]
+            share = torch.tensor(num_ranks / (num_ranks * local), dtype=torch.float32)
+            found = ((expert.to(torch.float32) + 0.5) * share).to(torch.int32)
+            assert torch.equal(found, (expert // local).to(torch.int32)), (num_ranks, local)

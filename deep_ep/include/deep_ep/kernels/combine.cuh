@@ -57,7 +57,7 @@ EP_DEVICE void combine(const CombineArgs& a) {
   } else {
     // Nothing is indexed by what arrives, so only one warp waits for the answer; the others do its work meanwhile.
     const bool asks = device::block_idx() == 0 && device::warp_idx() == C.num_warps - 1;
-    if (asks) agree(a.window, epoch, plan, a.patience, device::lane_idx(), 32);
+    if (asks) agree(a.window, epoch, plan, a.patience);
     reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, a.combined);
   }
   retire(a.window, epoch);

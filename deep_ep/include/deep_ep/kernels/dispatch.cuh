@@ -66,15 +66,14 @@ struct DispatchArgs {
 
 // Finds the place of every token of this block's range, among all tokens of this rank. Senders tell the peers what will
 // come as soon as it is known. Returns, to all threads alike, whether the counts of all blocks came.
-EP_DEVICE bool place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, Range range, const Places& places,
-                     const Tables& tables) {
-  const int warp = device::warp_idx();
+EP_DEVICE bool place(const DispatchArgs& a, uint32_t epoch, int warp, const Blocks& team, Range range,
+                     const Places& places, const Tables& tables) {
   const bool places_tokens = warp < a.num_place_warps;
   const Range share = part_of(range, warp, a.num_place_warps);
   const WarpCounts counts{device::shared_memory<int>(a.tables_bytes), a.routing.num_experts};
   if (places_tokens) {
-    place_in_experts(a.routing, share, places.positions, counts);
-    place_in_ranks(a.routing, share, a.window.num_ranks, places.slots, counts);
+    place_in_experts(a.routing, warp, share, places.positions, counts);
+    place_in_ranks(a.routing, warp, share, a.window.num_ranks, places.slots, counts);
   }
   device::sync_block();
   sum_over_warps(a.num_place_warps, a.routing.num_experts, counts, tables);
@@ -86,7 +85,7 @@ EP_DEVICE bool place(const DispatchArgs& a, uint32_t epoch, const Blocks& team, 
   const bool all_came = device::load_relaxed_gpu(tables.ok) != 0;  // nobody takes it back before the next sync_block
   if (all_came) {
     if (sends(a.num_send_blocks)) publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
-    if (places_tokens) settle(a.routing, share, places.slots, places.positions, counts, tables);
+    if (places_tokens) settle(a.routing, warp, share, places.slots, places.positions, counts, tables);
   }
   const bool copies = !sends(a.num_send_blocks) || a.num_send_blocks == device::num_blocks();
   if (copies && a.kept_idx != nullptr) keep_selections(a.routing, range, a.kept_idx);
@@ -115,13 +114,13 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, a.record);
   if (sender && team.own() == 0) propose(a.window, epoch, plan);
   if (sender) admit(a.window, epoch, a.patience, tables.ok);
-  const bool placed = kRecalls || a.num_send_blocks == 0 || place(a, epoch, team, range, places, tables);
+  const bool placed = kRecalls || a.num_send_blocks == 0 || place(a, epoch, warp, team, range, places, tables);
 
   const bool reports = !kRecalls && sender && a.host_words != nullptr && team.own() == 0;
   if ((receiver || reports) && placed) {
-    // The highest threads look at the plans, while the lowest load the counts.
-    const int num_threads = device::num_threads(), highest_first = num_threads - 1 - device::thread_idx();
-    if (!agree(a.window, epoch, plan, a.patience, highest_first, num_threads)) device::store_relaxed_gpu(tables.ok, 0);
+    // The last warp looks at the plans, while the first ones load the counts.
+    const bool asks = warp == device::num_threads() / 32 - 1;
+    if (asks && !agree(a.window, epoch, plan, a.patience)) device::store_relaxed_gpu(tables.ok, 0);
     if constexpr (kRecalls) {
       recall(a.window, experts_per_rank, a.counts, tables);
     } else {
@@ -145,10 +144,10 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     if (warp < C.num_receive_warps) {
       using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
       const ReceiveRing ring = ReceiveRing::at(rings, warp, C.num_receive_warps, a.receive_stage_bytes);
-      copy_out(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.receive_piece_bytes, range, team,
-               C.num_receive_warps, a.patience, tables, a.received);
+      copy_out(ring, a.window, epoch, a.routing, token_tables, a.rows, a.record, a.receive_piece_bytes, range, warp,
+               team, C.num_receive_warps, a.patience, tables, a.received);
     }
-    blank(a.window, a.routing, a.record, a.alignment, tables, team, a.received);
+    blank(a.window, a.routing, a.record, a.alignment, tables, warp, team, a.received);
   }
   if (a.num_send_blocks < device::num_blocks()) retire(a.window, epoch);
 }

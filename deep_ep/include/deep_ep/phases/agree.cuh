@@ -10,6 +10,7 @@
 // do so before it is admitted: the words of odd and of even epochs lie apart, and who has left the operation before has
 // heard from all ranks there, so nobody listens to the one before that any more.
 
+#include <deep_ep/wire/integers.cuh>
 #include <deep_ep/wire/message.cuh>
 #include <deep_ep/wire/phase.cuh>
 #include <deep_ep/wire/plan.cuh>
@@ -32,40 +33,31 @@ EP_DEVICE void propose(const Window& window, uint32_t epoch, const Plan& plan) {
   }
 }
 
-// What a source says; false if it never did.
-EP_DEVICE bool hear(const Window& window, uint32_t epoch, const device::Patience& patience, int source, int item,
-                    int& said) {
-  return await_word(plan_word(window, epoch, window.rank, source, item), epoch, patience, phase::kAgree, source, said);
-}
-
-// Records that a source differs in an item. It may in earlier ones too, and the earliest says most.
-EP_DEVICE void complain(const Window& window, uint32_t epoch, const Plan& plan, const device::Patience& patience,
-                        int source, int item) {
-  EP_NO_UNROLL
-  for (int earlier = 0; earlier <= item; ++earlier) {
-    int said = 0;
-    if (!hear(window, epoch, patience, source, earlier, said)) return;
-    const uint32_t mine = plan.word(earlier), theirs = static_cast<uint32_t>(said);
-    if (theirs == mine) continue;
-    const uint32_t where = phase::kDiffer | static_cast<uint32_t>(earlier) << phase::kItemShift;
-    return device::fault(patience, {.phase = where, .peer = source, .expected = mine}, theirs);
-  }
-}
-
-// Looks at words first, first + step, ... of those that all sources say together.
-EP_DEVICE bool agree(const Window& window, uint32_t epoch, const Plan& plan, const device::Patience& patience,
-                     int first, int step) {
+// Looks at what all sources say, a word a lane. Of several that differ the first is reported: it says most. Collective
+// over the warp.
+EP_DEVICE bool agree(const Window& window, uint32_t epoch, const Plan& plan, const device::Patience& patience) {
   using message_word::kPlanWords;
+  const int lane = device::lane_idx(), num_words = window.num_ranks * kPlanWords;
+  bool all_agree = true;
   EP_NO_UNROLL
-  for (int i = first; i < window.num_ranks * kPlanWords; i += step) {
-    const int source = i / kPlanWords, item = i % kPlanWords;
-    int said = 0;
-    const bool came = hear(window, epoch, patience, source, item, said);
-    if (came && static_cast<uint32_t>(said) == plan.word(item)) continue;
-    if (came) complain(window, epoch, plan, patience, source, item);
-    return false;
+  for (int first = 0; all_agree && first < num_words; first += 32) {
+    const int i = first + lane, source = i / kPlanWords, item = i % kPlanWords;
+    const uint32_t mine = plan.word(item);
+    int said = static_cast<int>(mine);
+    bool came = true;
+    if (i < num_words) {
+      const uint64_t* at = plan_word(window, epoch, window.rank, source, item);
+      came = await_word(at, epoch, patience, phase::kAgree, source, said);
+    }
+    const uint32_t theirs = static_cast<uint32_t>(said);
+    const uint32_t differing = device::ballot(came && theirs != mine);
+    if (differing != 0 && lane == lowest_bit(differing)) {
+      const uint32_t where = phase::kDiffer | static_cast<uint32_t>(item) << phase::kItemShift;
+      device::fault(patience, {.phase = where, .peer = source, .expected = mine}, theirs);
+    }
+    all_agree = device::all(came) && differing == 0;
   }
-  return true;
+  return all_agree;
 }
 
 }  // namespace deep_ep

@@ -39,25 +39,25 @@ EP_DEVICE void zero_row(const Received& out, int row, int row_bytes) {
 }
 
 // Rows between an expert's last one and the next expert's first; the warps of the team take them in turn.
-EP_DEVICE void zero_padding(int row_bytes, int experts_per_rank, int alignment, const Tables& tables,
+EP_DEVICE void zero_padding(int row_bytes, int experts_per_rank, int alignment, const Tables& tables, int warp,
                             const Blocks& team, const Received& out) {
   const int block_warps = device::num_threads() / 32, num_warps = team.count * block_warps;
-  const int warp = team.own() * block_warps + device::warp_idx();
+  const int first = team.own() * block_warps + warp;
   EP_NO_UNROLL
   for (int e = 0; e < experts_per_rank; ++e) {
     const int start = tables.expert_row[e], count = tables.expert_total[e];  // source 0's rows come first
     const int end = min_of(start + align_up(count, alignment), out.expanded_rows);
     EP_NO_UNROLL
-    for (int row = start + count + warp; row < end; row += num_warps) zero_row(out, row, row_bytes);
+    for (int row = start + count + first; row < end; row += num_warps) zero_row(out, row, row_bytes);
   }
 }
 
 EP_DEVICE void blank(const Window& window, const Routing& routing, const Record& record, int alignment,
-                     const Tables& tables, const Blocks& team, const Received& out) {
+                     const Tables& tables, int warp, const Blocks& team, const Received& out) {
   if (out.layout == Layout::kPlain) {
     blank_unused(routing, tables.row_base[window.num_ranks], team, out);
   } else if (out.padding == Padding::kZero) {
-    zero_padding(record.row_bytes, routing.experts_per_rank, alignment, tables, team, out);
+    zero_padding(record.row_bytes, routing.experts_per_rank, alignment, tables, warp, team, out);
   }
 }
 

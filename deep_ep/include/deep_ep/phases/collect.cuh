@@ -25,12 +25,14 @@ EP_DEVICE void collect(const Window& window, uint32_t epoch, int experts_per_ran
     }
   };
 
-  const int num_counts = window.num_ranks * experts_per_rank;
+  // Of each source, its tokens and then its counts.
+  const int num_words = 1 + experts_per_rank;
   EP_NO_UNROLL
-  for (int i = thread; i < num_counts; i += num_threads) {
-    await(i / experts_per_rank, message_word::kExperts + i % experts_per_rank, tables.expert_row[i]);
+  for (int i = thread; i < window.num_ranks * num_words; i += num_threads) {
+    const int source = i / num_words, expert = i % num_words - 1;
+    int& place = expert < 0 ? tables.rank_total[source] : tables.expert_row[source * experts_per_rank + expert];
+    await(source, expert < 0 ? message_word::kTokens : message_word::kExperts + expert, place);
   }
-  if (thread < window.num_ranks) await(thread, message_word::kTokens, tables.rank_total[thread]);
   device::sync_block();
 
   // Sums over sources: rows of the plain layout; then, expert by expert, of the expanded one.

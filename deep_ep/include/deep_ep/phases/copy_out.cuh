@@ -110,9 +110,8 @@ class Arrivals {
 template <class Ring>
 EP_DEVICE void copy_out(const Ring& ring, const Window& window, uint32_t epoch, const Routing& routing,
                         const TokenTables& token_tables, const Rows& rows, const Record& record, int piece_bytes,
-                        Range range, const Blocks& team, int num_warps, const device::Patience& patience,
+                        Range range, int warp, const Blocks& team, int num_warps, const device::Patience& patience,
                         const Tables& tables, const Received& out) {
-  const int warp = device::warp_idx();
   Arrivals arrivals(window, epoch, tables, patience, team.own() * num_warps + warp, team.count * num_warps);
   int ahead = range.begin + warp;  // this warp's next own token
   bool knows_next = false;         // whether `next` is that token's

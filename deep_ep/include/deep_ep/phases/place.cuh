@@ -32,8 +32,9 @@ struct WarpCounts {
 };
 
 // positions[token, k] = earlier selections of the same expert in the share. 32 selections at a time, in order.
-EP_DEVICE void place_in_experts(const Routing& routing, Range share, int* positions, const WarpCounts& counts) {
-  const int lane = device::lane_idx(), warp = device::warp_idx();
+EP_DEVICE void place_in_experts(const Routing& routing, int warp, Range share, int* positions,
+                                const WarpCounts& counts) {
+  const int lane = device::lane_idx();
   EP_NO_UNROLL
   for (int e = lane; e < routing.num_experts; e += 32) counts.expert(warp, e) = 0;
   device::sync_warp();
@@ -56,10 +57,10 @@ EP_DEVICE void place_in_experts(const Routing& routing, Range share, int* positi
 
 // slots[token, k] = earlier tokens of the share bound for the rank of selection k. 32 tokens at a time; lane r keeps
 // rank r's count.
-EP_DEVICE void place_in_ranks(const Routing& routing, Range share, int num_ranks, int* slots,
+EP_DEVICE void place_in_ranks(const Routing& routing, int warp, Range share, int num_ranks, int* slots,
                               const WarpCounts& counts) {
-  constexpr int kTogether = 8;  // loads of a lane that are under way at once
-  const int lane = device::lane_idx(), warp = device::warp_idx();
+  constexpr int kTogether = 4;  // loads of a lane that are under way at once
+  const int lane = device::lane_idx();
   int count = 0;
   EP_NO_UNROLL
   for (int first = share.begin; first < share.end; first += 32) {
@@ -110,10 +111,9 @@ EP_DEVICE void sum_over_warps(int num_warps, int num_experts, const WarpCounts& 
 }
 
 // Places in the share become places among all tokens of this rank.
-EP_DEVICE void settle(const Routing& routing, Range share, int* slots, int* positions, const WarpCounts& counts,
-                      const Tables& tables) {
+EP_DEVICE void settle(const Routing& routing, int warp, Range share, int* slots, int* positions,
+                      const WarpCounts& counts, const Tables& tables) {
   constexpr int kTogether = 4;  // entries of a lane that are under way at once
-  const int warp = device::warp_idx();
   const int64_t end = int64_t(share.end) * routing.num_topk;
   EP_NO_UNROLL
   for (int64_t first = int64_t(share.begin) * routing.num_topk + device::lane_idx(); first < end;

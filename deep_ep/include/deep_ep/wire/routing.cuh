@@ -8,10 +8,15 @@ namespace deep_ep {
 struct Routing {
   const void* topk_idx;  // [num_tokens, num_topk], 4- or 8-byte integers; anything outside [0, num_experts) is "none"
   int32_t num_tokens, num_topk, num_experts, experts_per_rank;
-  int32_t index_bytes;  // 4 or 8
-  int32_t max_tokens;   // of any rank
+  int32_t index_bytes;     // 4 or 8
+  int32_t max_tokens;      // of any rank
+  float ranks_per_expert;  // 1 / experts_per_rank
 
-  EP_DEVICE int rank_of(int expert) const { return expert / experts_per_rank; }
+  // expert / experts_per_rank. The sum is half an expert away from the next rank, and float errs by less (a test compares
+  // all quotients); a division takes many instructions.
+  EP_DEVICE int rank_of(int expert) const {
+    return static_cast<int>((static_cast<float>(expert) + 0.5f) * ranks_per_expert);
+  }
 
   // Expert of selection `entry = token * num_topk + k`, or -1. Indices are read as words: of 8 bytes, the low one holds
   // any expert, and the high one is 0 then.
