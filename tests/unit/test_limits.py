@@ -39,6 +39,7 @@ static_assert(kMaxRanks == {layout.MAX_RANKS});
 static_assert(kMaxTopk == {layout.MAX_TOPK});
 static_assert(kMaxExperts == {layout.MAX_EXPERTS});
 static_assert(kMaxBlocks == {layout.MAX_BLOCKS});
+static_assert(kPartialWords == {layout.PARTIAL_WORDS});
 
 static_assert(sizeof(Control) <= {layout.CONTROL_BYTES});
 static_assert(sizeof(Window) == {ctypes.sizeof(Window)});

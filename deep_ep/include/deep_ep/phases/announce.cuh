@@ -21,35 +21,47 @@ class Announcer {
   EP_DEVICE Announcer(const Window& window, uint32_t epoch, int batch)
       : window_(window), epoch_(epoch), batch_(min_of(batch, 32 / window.num_ranks)) {}
 
-  // Piece number `pieces` was the last of a token that goes to `slot_at_rank` of rank r on lane r (-1: not there).
-  EP_DEVICE void add(int slot_at_rank, int pieces) {
+  // The piece that is being stored is the last of a token that goes to `slot_at_rank` of rank r on lane r (-1: not there).
+  EP_DEVICE void add(int slot_at_rank) {
     const int lane = device::lane_idx();
     const int slot = device::shuffle(slot_at_rank, lane % window_.num_ranks);
     if (lane / window_.num_ranks == open_) open_slot_ = slot;
-    if (++open_ < batch_) return;
-    if (closed_ > 0) release<0>();
-    closed_slot_ = open_slot_;
-    closed_ = pieces;
-    open_slot_ = -1;
-    open_ = 0;
+    ++open_;
   }
 
   // `pieces` have been stored.
   EP_DEVICE void after(int pieces) {
-    if (closed_ > 0 && pieces >= closed_ + kLag) release<kLag>();
+    const bool is_full = open_ == batch_, is_due = pieces >= closed_ + kLag;
+    if (closed_ > 0 && (is_due || is_full)) release(is_due);
+    if (is_full) close(pieces);
   }
 
   // All has been stored and waited for.
   EP_DEVICE void finish() {
-    release<0>();
-    closed_slot_ = open_slot_;
-    release<0>();
+    EP_NO_UNROLL
+    for (int batch = 0; batch < 2; ++batch) {  // the one that waits, and the one that fills
+      release(false);
+      close(0);
+    }
   }
 
  private:
-  template <int kStillMoving>
-  EP_DEVICE void release() {
-    if (device::elect()) device::bulk_wait<kStillMoving>();
+  EP_DEVICE void close(int pieces) {
+    closed_ = pieces;
+    closed_slot_ = open_slot_;
+    open_ = 0;
+    open_slot_ = -1;
+  }
+
+  // Of the pieces that were stored after the batch, kLag need not be complete when it is due, and one before.
+  EP_DEVICE void release(bool is_due) {
+    if (device::elect()) {
+      if (is_due) {
+        device::bulk_wait<kLag>();
+      } else {
+        device::bulk_wait<1>();
+      }
+    }
     device::sync_warp();
     if (closed_slot_ >= 0) {
       const int rank = device::lane_idx() % window_.num_ranks;

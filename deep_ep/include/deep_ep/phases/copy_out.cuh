@@ -32,39 +32,39 @@ class Arrivals {
     const bool is_peer = source < window.num_ranks && source != window.rank;
     const int rounds = is_peer ? tables.row_base[source + 1] - tables.row_base[source] : 0;
     items_ = device::reduce_max(rounds) * (window.num_ranks - 1);
-    look_at(first);
+    ahead_ = first;
   }
 
-  // Takes an item that has come, if there is one; with `patient`, waits for one as long as any are left.
+  // Takes an item that has come, if there is one; with `patient`, waits for one if any are at hand.
   EP_DEVICE bool take(bool patient, Item& taken) {
-    if (!more()) return false;
-    if ((came_ & left_) == 0) poll();
-    if ((came_ & left_) == 0 && patient) {
-      wait_for(lowest_bit(left_));
-      if (failed_) return false;
+    if (left_ == 0) look_ahead();
+    uint32_t ready = came_ & left_;
+    EP_NO_UNROLL
+    for (bool may_wait = patient; ready == 0; may_wait = false) {
+      if (left_ == 0 || failed_) return false;
       poll();
+      ready = came_ & left_;
+      if (ready != 0) break;
+      if (!may_wait) return false;
+      wait_for(lowest_bit(left_));
     }
-    const uint32_t ready = came_ & left_;
-    if (ready == 0) return false;
     const int lane = lowest_bit(ready);
     left_ &= ~(1u << lane);
     taken = {device::shuffle(mine_.source, lane), device::shuffle(mine_.slot, lane)};
-    if (left_ == 0) look_at(first_ + 32 * step_);
     return true;
   }
 
-  // Whether any are left; none once one never came.
-  EP_DEVICE bool more() const { return left_ != 0 && !failed_; }
+  // Whether any may be left; none once one never came.
+  EP_DEVICE bool more() const { return (left_ != 0 || ahead_ < items_) && !failed_; }
 
  private:
-  // Skips ahead to the next 32 items of which any exists.
-  EP_DEVICE void look_at(int first) {
-    came_ = left_ = 0;
+  // Turns to the next 32 items of which any exists.
+  EP_DEVICE void look_ahead() {
+    came_ = 0;
     EP_NO_UNROLL
-    for (first_ = first; first_ < items_ && left_ == 0; first_ += 32 * step_) {
-      mine_ = at(first_ + device::lane_idx() * step_);
+    for (; ahead_ < items_ && left_ == 0; ahead_ += 32 * step_) {
+      mine_ = at(ahead_ + device::lane_idx() * step_);
       left_ = device::ballot(mine_.slot >= 0);
-      if (left_ != 0) break;
     }
   }
 
@@ -101,7 +101,7 @@ class Arrivals {
   const Tables& tables_;
   const device::Patience& patience_;
   const int step_;
-  int items_, first_;
+  int items_, ahead_;  // how many there are; the first that has not been looked at
   Item mine_ = {-1, -1};
   uint32_t left_ = 0, came_ = 0;  // lanes whose item is still to be taken; of those, whose has come
   bool failed_ = false;

@@ -145,7 +145,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
       device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
     }
     ++drained;
-    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1, drained);
+    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();

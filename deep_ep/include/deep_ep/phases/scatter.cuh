@@ -89,7 +89,7 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, c
       }
     }
     ++drained;
-    if (ticket.last) announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1, drained);
+    if (ticket.last) announcer.add(lane < window.num_ranks ? ticket.slot[lane] : -1);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();

@@ -47,7 +47,7 @@ struct Range {
 
 // Part `part` of `parts` nearly equal, consecutive ones.
 EP_DEVICE Range part_of(Range whole, int part, int parts) {
-  const int64_t tokens = whole.end - whole.begin;
+  const uint32_t tokens = whole.end - whole.begin;  // far below 2^32 / kMaxBlocks
   return {whole.begin + static_cast<int>(tokens * part / parts),
           whole.begin + static_cast<int>(tokens * (part + 1) / parts)};
 }
