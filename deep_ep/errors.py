@@ -6,6 +6,8 @@ world around the call: peers, compilers, installations and machines.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -13,8 +15,35 @@ class EPError(RuntimeError):
     """The root of this library's own errors."""
 
 
+@dataclass(frozen=True)
+class WaitReport:
+    """One rank's wait for others: what a program, rather than a person, wants to know of it.
+
+    Attributes:
+        rank: who waited.
+        phase: in which phase of a kernel ("collect"), or at what a host did so ("to build a buffer").
+        peers: for which ranks.
+        seconds: how long.
+        counters: what was expected and what was seen, by name; empty for a host.
+    """
+
+    rank: int
+    phase: str
+    peers: tuple[int, ...]
+    seconds: float
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
 class EPTimeoutError(EPError):
-    """A rank waited longer than it was allowed to for something that a peer, or a kernel, had to do."""
+    """A rank waited longer than it was allowed to for something that a peer, or a kernel, had to do.
+
+    Attributes:
+        report: the same in parts, where it is known.
+    """
+
+    def __init__(self, text: str, report: WaitReport | None = None) -> None:
+        super().__init__(text)
+        self.report = report
 
 
 class EPTopologyError(EPError):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import enum
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,20 +12,22 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import environment, installation, jit, layout, plan, validate
-from deep_ep.errors import EPError, EPTimeoutError
-from deep_ep.event import CallOrder, LastCall, Timing
+from deep_ep.errors import EPError, EPTimeoutError, WaitReport
+from deep_ep.event import CallOrder, EventHandle, LastCall, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.machine import Machine, open_machine, raise_together
+from deep_ep.machine.meeting import Limits
 from deep_ep.ops import all_kernels
-from deep_ep.ops.arguments import FaultRecord, Patience, Window
-from deep_ep.ops.faults import check_fault
+from deep_ep.ops.arguments import Patience, Window
+from deep_ep.ops.faults import FAULT_WORDS, check_fault, take_notice
 from deep_ep.topology import Topology, require_one_domain
+from deep_ep.waiting import Watch, notice_seconds
 
 logger = logging.getLogger("deep_ep")
 
 ABANDONED: list[Endpoint] = []  # whose memory is kept to the process's end
 HOST_COUNTS = 2  # host words before the experts' counts: ready, rows
-EAGER_SECONDS, LAZY_SECONDS = 0.01, 0.0002  # how long the host looks all the time, and how often after that
+BROKEN_SECONDS = 5.0  # how long ranks whose buffer is broken wait for each other before they give their memory back
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -64,7 +64,7 @@ class Endpoint:
         self._last_call = LastCall()
         self.closed = False
 
-        self.machine: Machine = open_machine(group, self.environment)
+        self.machine: Machine = open_machine(group, self.environment, Limits(cpu_timeout, gpu_timeout))
         try:
             self._prepare_together()
             self.window = self.machine.allocate_window(num_bytes)
@@ -75,7 +75,8 @@ class Endpoint:
         self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
         self.shared_limit = self.machine.shared_bytes_per_block
         self.window_argument = Window.of(self.layout, self.rank, self.window.addresses)
-        self.patience_argument = Patience(self._fault.address, int(gpu_timeout * 1e9))
+        timeout_ns, notice_ns = int(gpu_timeout * 1e9), int(notice_seconds(gpu_timeout) * 1e9)
+        self.patience_argument = Patience(self._fault.address, timeout_ns, notice_ns)
 
     def _prepare_together(self) -> None:
         """Compile, load and allocate what takes no peer, before the first step that does: no rank compiles while others
@@ -84,12 +85,13 @@ class Endpoint:
         try:
             self.roles = plan.ROLES[self.machine.name]
             self.machine.prepare(all_kernels(self.machine.name))
-            self._fault = self.machine.host_words(ctypes.sizeof(FaultRecord) // 4)
+            self._fault = self.machine.host_words(2 * FAULT_WORDS)
             self._counts = self.machine.host_words(HOST_COUNTS + layout.MAX_EXPERTS // self.num_ranks)
         except Exception as caught:
             error = caught
         raise_together(error, self.machine.all_gather_object)
-        versions = self.machine.all_gather_object(jit.digest_of_headers(jit.INCLUDE_DIR))
+        digest = jit.digest_of_headers(jit.INCLUDE_DIR)
+        versions = self.machine.all_gather_object(digest, "to compare their versions of deep_ep")
         for rank, version in enumerate(versions):
             if version != versions[0]:
                 raise EPError(
@@ -132,13 +134,12 @@ class Endpoint:
         self.machine.barrier(order.stream)
         order.end((), ()).current_stream_wait()
         if host_waits and order.stream is not None:
-            order.stream.synchronize()
+            self._wait_for_event(EventHandle.on(order.stream).event, "in a barrier")
         self._check_fault()
 
     def destroy(self) -> None:
-        """Give the memory back, after all ranks have finished with it. Collective, whatever has happened before: ranks
-        that failed and ranks that did not meet here, before they build anew. (Where a rank has died, the meeting ends
-        as the group's own time limit says.)
+        """Give the memory back, after all ranks have finished with it. Collective, and safe whatever has happened
+        before: to the group, which may have gone, or to a peer, for which a broken buffer does not wait long.
 
         Raises:
             EPTimeoutError: the last call has failed and nobody had asked yet; the memory has been given back.
@@ -149,8 +150,8 @@ class Endpoint:
         try:
             if self.machine.comm_stream is not None:
                 torch.cuda.synchronize(self.device)
-            if dist.is_initialized():
-                self.machine.meet()
+            broken = self._broken is not None or int(self._fault.tensor[0]) != 0
+            self.machine.meet("to destroy a buffer", min(BROKEN_SECONDS, self._cpu_timeout) if broken else None)
         except Exception as error:
             logger.warning("rank %d: the ranks did not meet before their memory was given back: %s", self.rank, error)
         finally:
@@ -191,11 +192,43 @@ class Endpoint:
             raise
 
     def _check_fault(self) -> None:
+        """Raise what kernels have recorded, or log which of them have waited long."""
         try:
             check_fault(self._fault.tensor, self.rank)
         except EPError as error:
             self._broken = f"an earlier call failed ({error})"
             raise
+        notice = take_notice(self._fault.tensor, self.rank)
+        if notice is not None:
+            logger.warning("%s; it gives up after %.1f s", notice, self.patience_argument.timeout_ns / 1e9)
+
+    def _wait_for_event(self, event: torch.cuda.Event | None, what: str) -> None:
+        watch = self._watch(what)
+        while event is not None and not event.query():  # type: ignore[no-untyped-call]
+            self._go_on_waiting(watch, what)
+
+    def _watch(self, what: str) -> Watch:
+        def notice(seconds: float) -> None:
+            logger.warning(
+                "rank %d has waited %.1f s %s; it gives up after %.1f s", self.rank, seconds, what, self._cpu_timeout
+            )
+
+        return Watch(self._cpu_timeout, notice)
+
+    def _go_on_waiting(self, watch: Watch, what: str) -> None:
+        """Between two looks of the host at what it waits for."""
+        # Through NumPy this look costs a tenth of a microsecond; torch's own would cost more than the pause.
+        states = self._fault.tensor.numpy()[::FAULT_WORDS]
+        if states[0] or states[1]:
+            self._check_fault()
+        if watch.is_over:
+            self._broken = f"the host waited in vain {what} for {watch.limit_s} s"
+            raise EPTimeoutError(
+                f"rank {self.rank} waited {watch.limit_s} s {what}; every rank must make the same calls. Destroy this "
+                "buffer on every rank and build a new one; num_cpu_timeout_secs sets the limit",
+                WaitReport(self.rank, what, (), watch.seconds),
+            )
+        watch.pause()
 
     # What calls have in common: first their checks, then their launches
 
@@ -278,6 +311,7 @@ class Endpoint:
                 stream=order.stream,
                 reads=[tensor for tensor in reads if tensor is not None],
                 writes=[tensor for tensor in writes if tensor is not None],
+                meets_peers=args.num_send_blocks > 0,
             )
 
     # Counts that come before the tokens
@@ -294,22 +328,10 @@ class Endpoint:
         return int(words[1]), words[HOST_COUNTS : HOST_COUNTS + local_experts].tolist()
 
     def _wait_for_counts(self) -> Any:
-        words, fault = self._counts.tensor.numpy(), self._fault.tensor.numpy()
-        start = now = time.monotonic()
+        words, what = self._counts.tensor.numpy(), "for the counts of a dispatch"
+        watch = self._watch(what)
         while words[0] == 0:
-            # Through NumPy both looks cost a tenth of a microsecond; torch's own would cost more than the sleep.
-            if fault[0]:
-                self._check_fault()
-            if now - start > self._cpu_timeout:
-                self._broken = f"the counts of a dispatch did not come within {self._cpu_timeout} s"
-                raise EPTimeoutError(
-                    f"rank {self.rank} waited {self._cpu_timeout} s for the counts of a dispatch; every rank must call "
-                    "dispatch. Destroy this buffer on every rank and build a new one; num_cpu_timeout_secs sets the "
-                    "limit"
-                )
-            # Gives the GIL away, and Ctrl-C a chance; who has waited for long need not be the first to know.
-            time.sleep(0 if now - start < EAGER_SECONDS else LAZY_SECONDS)
-            now = time.monotonic()
+            self._go_on_waiting(watch, what)
         return words
 
 

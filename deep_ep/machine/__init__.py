@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from deep_ep.environment import Environment
 from deep_ep.errors import EPEnvironmentError, EPError
+from deep_ep.machine.meeting import Limits
 
 if TYPE_CHECKING:
     from deep_ep.jit import Kernel
@@ -93,6 +94,7 @@ class Machine(Protocol):
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
         cooperative: bool = False,
+        meets_peers: bool = True,
     ) -> None:
         """Launch a kernel.
 
@@ -105,6 +107,8 @@ class Machine(Protocol):
             reads: every tensor that ``args`` points into and the kernel only reads.
             writes: every tensor that ``args`` points into and the kernel writes.
             cooperative: all blocks must be resident at once (the kernel has a grid barrier).
+            meets_peers: peers launch something at the same time, and the kernels wait for each other. False: what this
+                one waits for comes from launches before it.
         """
 
     def current_capture(self) -> int:
@@ -118,24 +122,38 @@ class Machine(Protocol):
             stream: a torch.cuda.Stream; None is the current one.
         """
 
-    def meet(self) -> None:
-        """Return when every rank's host is here. Collective."""
+    def meet(self, what: str, limit_s: float | None = None) -> None:
+        """Return when every rank's host is here. Collective.
 
-    def all_gather_object(self, value: T) -> list[T]:
-        """Give every rank every rank's value, by rank. Collective; for agreement at set-up, not for the fast path."""
+        Args:
+            what: names the step, in an infinitive ("to destroy a buffer"); the same on all ranks.
+            limit_s: how long to wait; None is the machine's limit.
+
+        Raises:
+            EPTimeoutError: naming the ranks that did not come.
+        """
+
+    def all_gather_object(self, value: T, what: str) -> list[T]:
+        """Give every rank every rank's value, by rank. Collective; for agreement at set-up, not for the fast path.
+
+        Args:
+            what: as in ``meet``, which raises the same.
+        """
 
     def close(self) -> None:
         """Give everything back. Local, idempotent, safe after the group is destroyed."""
 
 
-def open_machine(group: dist.ProcessGroup, environment: Environment) -> Machine:
+def open_machine(group: dist.ProcessGroup, environment: Environment, limits: Limits) -> Machine:
     """The machine of a group: its GPUs where it has an nccl backend, else simulated ranks over gloo. Collective.
 
     Args:
         group: a process group, or a subgroup, that this rank belongs to.
         environment: the settings of the buffer that will use the machine.
+        limits: how long ranks wait for each other.
 
     Raises:
+        EPTimeoutError: some ranks did not come.
         TypeError, ValueError: ``group`` is no process group, not this rank's, or has neither nccl nor gloo.
         EPEnvironmentError: driver, device, NCCL or a package is missing, too old or contradictory.
         EPTopologyError: some ranks cannot reach each other by load and store.
@@ -144,11 +162,11 @@ def open_machine(group: dist.ProcessGroup, environment: Environment) -> Machine:
     if backends.get("cuda") == "nccl" and torch.cuda.is_available():
         from deep_ep.machine.cuda import CudaMachine
 
-        return CudaMachine(group, environment)
+        return CudaMachine(group, environment, limits)
     if backends.get("cpu") == "gloo":
         from deep_ep.machine.simulated import SimulatedMachine
 
-        return SimulatedMachine(group, environment)
+        return SimulatedMachine(group, environment, limits)
     raise ValueError(
         f"group has the backends {backends}, and torch.cuda.is_available() is {torch.cuda.is_available()}; deep_ep "
         "needs nccl with GPUs, or gloo for simulated ranks: init_process_group('nccl') or init_process_group('gloo')"
@@ -156,7 +174,9 @@ def open_machine(group: dist.ProcessGroup, environment: Environment) -> Machine:
 
 
 def raise_together(
-    error: Exception | None, all_gather_object: Callable[[str | None], list[str | None]], kind: type[EPError] = EPError
+    error: Exception | None,
+    all_gather_object: Callable[[str | None, str], list[str | None]],
+    kind: type[EPError] = EPError,
 ) -> None:
     """End a step that each rank took alone: if it failed on any of them, all raise. Collective.
 
@@ -167,7 +187,8 @@ def raise_together(
         all_gather_object: of a machine.
         kind: what the others raise, naming the first rank that failed.
     """
-    texts = all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+    text = None if error is None else f"{type(error).__name__}: {error}"
+    texts = all_gather_object(text, "to say whether it is well")
     if error is not None:
         raise error
     for rank, text in enumerate(texts):

@@ -16,6 +16,7 @@ from deep_ep import jit
 from deep_ep.environment import Environment
 from deep_ep.errors import EPEnvironmentError, EPError
 from deep_ep.machine import import_cuda_extra, links, nccl, raise_together
+from deep_ep.machine.meeting import Limits, Meeting
 
 logger = logging.getLogger("deep_ep")
 
@@ -70,15 +71,15 @@ class CudaMachine:
 
     name = "cuda"
 
-    def __init__(self, group: dist.ProcessGroup, environment: Environment) -> None:
+    def __init__(self, group: dist.ProcessGroup, environment: Environment, limits: Limits) -> None:
         self._group = group
         self._environment = environment
         self.rank, self.num_ranks = group.rank(), group.size()
         self.device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
         self._refuse_capture("a deep_ep buffer cannot be built")
-        problem = self._find_problem()
-        nccl.meet(group, self.device)
-        raise_together(problem, self.all_gather_object, EPEnvironmentError)
+        self._meeting = Meeting(group, limits)
+        raise_together(self._find_problem(), self.all_gather_object, EPEnvironmentError)
+        nccl.warm_up(group, self.device)
 
         properties = torch.cuda.get_device_properties(self.device)
         self.num_sms = properties.multi_processor_count
@@ -110,7 +111,7 @@ class CudaMachine:
 
     def allocate_window(self, num_bytes: int) -> CudaWindow:
         self._refuse_capture("a window cannot be allocated")
-        sizes = self.all_gather_object(num_bytes)
+        sizes = self.all_gather_object(num_bytes, "to allocate the window")
         if len(set(sizes)) > 1:
             raise ValueError(f"num_bytes must be the same on all ranks, but by rank it is {sizes}")
         with torch.cuda.device(self.device):
@@ -122,7 +123,7 @@ class CudaMachine:
             raise_together(problem, self.all_gather_object)
             window = CudaWindow(self._communicator, memory, num_bytes)
         self._windows.append(window)
-        self.meet()
+        self.meet("to use the window")
         return window
 
     def host_words(self, count: int) -> PinnedWords:
@@ -160,6 +161,7 @@ class CudaMachine:
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
         cooperative: bool = False,
+        meets_peers: bool = True,
     ) -> None:
         # The hot path: two dictionary look-ups, one pointer, one driver call.
         if not isinstance(args, kernel.args):
@@ -213,14 +215,11 @@ class CudaMachine:
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
             dist.all_reduce(torch.zeros(1, device=self.device), group=self._group)
 
-    def meet(self) -> None:
-        nccl.meet(self._group, self.device)
+    def meet(self, what: str, limit_s: float | None = None) -> None:
+        self._meeting.all_gather(None, what, limit_s)
 
-    def all_gather_object(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.num_ranks
-        with torch.cuda.device(self.device):
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+    def all_gather_object(self, value: T, what: str) -> list[T]:
+        return self._meeting.all_gather(value, what)
 
     def close(self) -> None:
         if self._closed:

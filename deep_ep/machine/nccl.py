@@ -167,7 +167,7 @@ class Communicator:
         group: dist.ProcessGroup,
         device: torch.device,
         environment: Environment,
-        all_gather_object: Callable[[Any], list[Any]],
+        all_gather_object: Callable[[Any, str], list[Any]],
     ) -> None:
         """Borrow or make the communicator. Collective.
 
@@ -189,9 +189,9 @@ class Communicator:
             self._communicator = self._core.Communicator(borrowed) if borrowed else self._create(all_gather_object)
         self._require_one_domain()
 
-    def _create(self, all_gather_object: Callable[[Any], list[Any]]) -> Any:
+    def _create(self, all_gather_object: Callable[[Any, str], list[Any]]) -> Any:
         mine = self._core.get_unique_id().as_bytes if self._group.rank() == 0 else None
-        unique_id = self._core.UniqueId.from_bytes(all_gather_object(mine)[0])
+        unique_id = self._core.UniqueId.from_bytes(all_gather_object(mine, "to make a communicator")[0])
         return self._core.Communicator.init(self._group.size(), self._group.rank(), unique_id)
 
     def _require_one_domain(self) -> None:
@@ -257,10 +257,8 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     return memory  # type: ignore[no-any-return]
 
 
-def meet(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Run one tiny collective: every rank's host and GPU are here when it returns. Collective.
-
-    It also warms the group up: before its first collective a lazy group's communicator is a null pointer.
+def warm_up(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Run one tiny collective: before its first one a lazy group's communicator is a null pointer. Collective.
 
     Raises:
         EPTopologyError: ranks share a GPU without being allowed to.

@@ -36,14 +36,12 @@ class Pointer:
 class Request:
     """One rank's part of a launch."""
 
-    what: str  # kernel and launch shape in words; the same on all ranks
     args: bytes
     pointers: tuple[Pointer, ...]
     regions: tuple[Region, ...]
 
 
 def pack(
-    what: str,
     kernel_name: str,
     args: ctypes.Structure,
     reads: Sequence[torch.Tensor],
@@ -76,7 +74,7 @@ def pack(
         Region(name, start, ctypes.string_at(start, end - start), writable)
         for name, (start, end, writable) in zip(names, spans, strict=True)
     )
-    return Request(what, bytes(args), tuple(pointers), regions)
+    return Request(bytes(args), tuple(pointers), regions)
 
 
 def span_of(tensor: torch.Tensor) -> tuple[int, int]:

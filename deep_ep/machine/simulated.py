@@ -1,16 +1,18 @@
 """Simulated ranks: all memory and all kernels of a gloo group live in one child process of rank 0.
 
-A launch is collective and synchronous. Every rank sends rank 0 its arguments and the bytes of its tensors; rank 0 lays
-them out in the world (world.py), runs all ranks' kernels together there, and sends back what they wrote.
+A launch is synchronous. Every rank brings rank 0 its arguments and the bytes of its tensors (host.py); a thread there
+lays them out in the world (world.py), runs all ranks' kernels together, and sends back what they wrote. The kernels of
+ranks whose peers do not come run without them: they wait in virtual time, give up, and leave the record that they would
+leave on a GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
+import socket
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,7 +21,10 @@ import torch.distributed as dist
 
 from deep_ep import jit
 from deep_ep.environment import Environment
-from deep_ep.errors import EPEnvironmentError, EPError
+from deep_ep.errors import EPEnvironmentError, EPError, EPTimeoutError, EPTopologyError
+from deep_ep.machine import raise_together
+from deep_ep.machine.host import Ask, Host, Line
+from deep_ep.machine.meeting import Limits, Meeting
 from deep_ep.machine.relocation import Region, Request, pack, redirect
 from deep_ep.machine.world import Launch, SimulationError, World
 
@@ -28,6 +33,7 @@ T = TypeVar("T")
 NUM_SMS = 4  # small: every block is some hundred fibers
 SHARED_BYTES_PER_BLOCK = 232448  # as on sm_90, so that both machines' plans are alike
 ALIGNMENT = 16  # bytes; what bulk copies check, so a tensor keeps its address modulo this
+LAUNCH, ALLOCATE, PREPARE, FREE = "a launch", "allocate_window", "prepare", "free"  # steps
 
 
 @dataclass(frozen=True)
@@ -48,26 +54,25 @@ class Failure:
         """The same error again; of a kind that has more to it than a text, a plain EPError."""
         if self.kind == SimulationError.__name__:
             return SimulationError(self.text, self.seed)
-        kinds = (EPEnvironmentError, ValueError, TypeError)
+        kinds = (EPEnvironmentError, EPTimeoutError, ValueError, TypeError)
         return {kind.__name__: kind for kind in kinds}.get(self.kind, EPError)(self.text)
 
 
 class SimulatedWindow:
     """One rank's handle on the windows of all ranks, which live in the world."""
 
-    def __init__(self, addresses: tuple[int, ...], num_bytes: int, world: World | None) -> None:
+    def __init__(self, addresses: tuple[int, ...], num_bytes: int, line: Line | None) -> None:
         self.addresses = addresses
         self.num_bytes = num_bytes
-        self._world = world  # on rank 0 only, which frees all ranks' windows
+        self._line = line  # of rank 0 only, which frees all ranks' windows
         self.closed = False
 
     def contains(self, address: int) -> bool:
         return any(base <= address < base + self.num_bytes for base in self.addresses)
 
     def close(self) -> None:
-        if self._world is not None and not self.closed:
-            for address in self.addresses:
-                self._world.free(address)
+        if self._line is not None and not self.closed:
+            self._line.ask(Ask(FREE, self.addresses, limit_s=0, alone=True))
         self.closed = True
 
 
@@ -83,6 +88,91 @@ class SimulatedWords:
         self.closed = True
 
 
+@dataclass(frozen=True)
+class Part:
+    """One rank's part of a launch; kernels may differ, and find that out themselves."""
+
+    kernel: jit.Kernel
+    num_blocks: int
+    shared_bytes: int
+    request: Request
+
+
+class Service:
+    """What rank 0 does for all ranks: it has the world."""
+
+    def __init__(self, num_ranks: int, environment: Environment) -> None:
+        self.world = World()
+        self._num_ranks = num_ranks
+        self._environment = environment
+        self._num_launches = 0
+        self._failed_because = ""
+
+    def __call__(self, asks: Mapping[int, Ask], missing: Sequence[int]) -> Mapping[int, Any]:
+        """Serve a step of those who came to it; whatever goes wrong, all of them are told."""
+        try:
+            if self._failed_because:
+                raise EPError(f"these simulated ranks cannot go on: {self._failed_because}; build a new buffer")
+            require_same({rank: ask.what for rank, ask in asks.items()}, "are in different steps")
+            return self._serve(asks, missing)
+        except Exception as error:
+            return dict.fromkeys(asks, Failure.of(error))
+
+    def _serve(self, asks: Mapping[int, Ask], missing: Sequence[int]) -> Mapping[int, Any]:
+        first = asks[min(asks)]
+        payloads = {rank: ask.payload for rank, ask in asks.items()}
+        if missing:
+            self._failed_because = f"ranks {list(missing)} did not come to {first.text}, or have left"
+            if first.what != LAUNCH:
+                raise EPTimeoutError(f"{self._failed_because}; the others waited {first.limit_s} s at most")
+        if first.what == LAUNCH:
+            return self._launch(payloads, expire=bool(missing))
+        if first.what == ALLOCATE:
+            return self._allocate(payloads)
+        if first.what == FREE:
+            for address in first.payload:
+                self.world.free(address)
+        if first.what == PREPARE:
+            for kernel in first.payload:
+                _build(kernel, self._environment)
+        return dict.fromkeys(asks)
+
+    def _allocate(self, sizes: Mapping[int, int]) -> Mapping[int, tuple[int, ...]]:
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"num_bytes must be the same on all ranks, but by rank it is {list(sizes.values())}")
+        addresses = tuple(self.world.allocate(size, name=f"window of rank {rank}") for rank, size in sizes.items())
+        return dict.fromkeys(sizes, addresses)
+
+    def _launch(self, parts: Mapping[int, Part | Failure], expire: bool) -> Mapping[int, list[bytes]]:
+        """Run one launch of these ranks in the world; returns what each writable region of each holds afterwards."""
+        good = agree(parts)
+        artifacts = {rank: _build(part.kernel, self._environment).artifact for rank, part in good.items()}
+        guests = {rank: Guest(self.world, rank, part.request.regions) for rank, part in good.items()}
+        launches = [
+            Launch(
+                kernel=artifacts[rank],
+                name=part.kernel.entry,
+                args=redirect(part.request, guests[rank].addresses),
+                rank=rank,
+                num_blocks=part.num_blocks,
+                num_threads=part.kernel.num_threads,
+                shared_bytes=part.shared_bytes,
+            )
+            for rank, part in good.items()
+        ]
+        seed, self._num_launches = self._num_launches, self._num_launches + 1
+        try:
+            self.world.launch(launches, seed=seed, patience="expire" if expire else "report")
+        except SimulationError:
+            self._failed_because = "an earlier launch failed, so its counters and flags are in no known state"
+            self.world.close()
+            raise
+        written = {rank: guest.written() for rank, guest in guests.items()}
+        for guest in guests.values():
+            guest.leave()
+        return written
+
+
 class SimulatedMachine:
     """See deep_ep.machine.Machine; launches are collective and synchronous."""
 
@@ -93,37 +183,39 @@ class SimulatedMachine:
     shared_bytes_per_block = SHARED_BYTES_PER_BLOCK
     comm_stream = None
 
-    def __init__(self, group: dist.ProcessGroup, environment: Environment) -> None:
-        self._group = group
-        self._environment = environment
+    def __init__(self, group: dist.ProcessGroup, environment: Environment, limits: Limits) -> None:
         self.rank, self.num_ranks = group.rank(), group.size()
-        self._host = dist.get_global_rank(group, 0)
-        self._world: World | None = None  # on rank 0 only
-        self._close_world: Callable[[], Any] = lambda: None
+        self._limits = limits
         self._windows: list[SimulatedWindow] = []
         self._words: list[SimulatedWords] = []
-        self._num_launches = 0
         self._closed_because = ""
-        self._ask_host("open_machine", None, self._start_world)
+        self._meeting = Meeting(group, limits)
+        self._service: Service | None = None  # on rank 0 only
+        self._end_host: Callable[[], Any] = lambda: None
+        self._line = self._connect(environment)
 
-    def _start_world(self, _: list[None]) -> list[None]:
-        self._world = World()
-        # Whoever forgets to close the machine must not leave a process behind.
-        self._close_world = weakref.finalize(self, self._world.close)
-        return [None] * self.num_ranks
+    def _connect(self, environment: Environment) -> Line:
+        hosts = self.all_gather_object(socket.gethostname(), "to compare their machines")
+        if len(set(hosts)) > 1:
+            raise EPTopologyError(f"simulated ranks must be processes of one machine, but by rank they are on {hosts}")
+        problem, address = None, ""
+        try:
+            if self.rank == 0:
+                self._service = Service(self.num_ranks, environment)
+                host = Host(self.num_ranks, self._service, self._limits.host_s)
+                address = host.address
+                # Whoever forgets to close the machine must not leave a process behind.
+                self._end_host = weakref.finalize(self, end, host, self._service)
+        except Exception as error:
+            problem = error
+        raise_together(problem, self.all_gather_object)
+        return Line(self.all_gather_object(address, "to find rank 0")[0], self.rank)
 
     def allocate_window(self, num_bytes: int) -> SimulatedWindow:
-        addresses = self._ask_host("allocate_window", num_bytes, self._allocate_windows)
-        window = SimulatedWindow(addresses, num_bytes, self._world)
+        addresses = self._ask(Ask(ALLOCATE, num_bytes, self._limits.host_s))
+        window = SimulatedWindow(addresses, num_bytes, self._line if self.rank == 0 else None)
         self._windows.append(window)
         return window
-
-    def _allocate_windows(self, sizes: list[int]) -> list[tuple[int, ...]]:
-        if len(set(sizes)) > 1:
-            raise ValueError(f"num_bytes must be the same on all ranks, but by rank it is {sizes}")
-        world = self._require_world()
-        addresses = tuple(world.allocate(size, name=f"window of rank {rank}") for rank, size in enumerate(sizes))
-        return [addresses] * self.num_ranks
 
     def host_words(self, count: int) -> SimulatedWords:
         words = SimulatedWords(count)
@@ -131,16 +223,7 @@ class SimulatedMachine:
         return words
 
     def prepare(self, kernels: Iterable[jit.Kernel]) -> None:
-        kernels = list(kernels)
-        self._ask_host(f"prepare({', '.join(map(describe, kernels))})", None, lambda _: self._build_all(kernels))
-
-    def _build_all(self, kernels: list[jit.Kernel]) -> list[None]:
-        for kernel in kernels:
-            self._build(kernel)
-        return [None] * self.num_ranks
-
-    def _build(self, kernel: jit.Kernel) -> jit.Built:
-        return _build(kernel, self._environment)
+        self._ask(Ask(PREPARE, list(kernels), self._limits.host_s))
 
     def launch(
         self,
@@ -153,141 +236,78 @@ class SimulatedMachine:
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
         cooperative: bool = False,
+        meets_peers: bool = True,
     ) -> None:
         self._require_open()
         # A rank whose arguments are wrong still takes part: its peers wait for it, and are told.
-        request: Request | Failure
+        part: Part | Failure
         mistake = None
         try:
-            what = f"{describe(kernel)}, {num_blocks} blocks, {shared_bytes} bytes of shared memory"
             if not isinstance(args, kernel.args):
                 raise TypeError(f"{kernel.name} takes a {kernel.args.__name__}, but args is a {type(args).__name__}")
             self._words = [words for words in self._words if not words.closed]
             writes = [*writes, *(words.tensor for words in self._words)]
-            request = pack(what, kernel.name, args, reads, writes, self._is_window)
+            request = pack(kernel.name, args, reads, writes, self._is_window)
+            part = Part(kernel, num_blocks, shared_bytes, request)
         except (TypeError, ValueError) as error:
             mistake = error
-            request = Failure.of(error)
-
-        def serve(requests: list[Request | Failure]) -> list[list[bytes]]:
-            return self._run(kernel, agree(requests), num_blocks, shared_bytes)
-
+            part = Failure.of(error)
         try:
-            written = self._ask_host("launch", request, serve)
+            limit_s = self._limits.kernel_s
+            written = self._ask(Ask(LAUNCH, part, limit_s, alone=not meets_peers, detail=kernel.name))
         except SimulationError:
             self._closed_because = "an earlier launch failed, so its counters and flags are in no known state"
-            self.close()
             raise
         except Exception:
             if mistake is not None:
                 raise mistake from None
             raise
-        if isinstance(request, Request):  # always: a failure has raised on every rank
-            take_home(request.regions, written)
+        if isinstance(part, Part):  # always: a failure has raised on every rank
+            take_home(part.request.regions, written)
 
     def _is_window(self, address: int) -> bool:
         return any(window.contains(address) for window in self._windows if not window.closed)
-
-    def _run(
-        self, kernel: jit.Kernel, requests: list[Request], num_blocks: int, shared_bytes: int
-    ) -> list[list[bytes]]:
-        """Run one launch of all ranks in the world; returns what each writable region of each rank holds afterwards."""
-        world = self._require_world()
-        artifact = self._build(kernel).artifact
-        guests = [Guest(world, rank, request.regions) for rank, request in enumerate(requests)]
-        launches = [
-            Launch(
-                kernel=artifact,
-                name=kernel.entry,
-                args=redirect(request, guest.addresses),
-                rank=guest.rank,
-                num_blocks=num_blocks,
-                num_threads=kernel.num_threads,
-                shared_bytes=shared_bytes,
-            )
-            for request, guest in zip(requests, guests, strict=True)
-        ]
-        seed, self._num_launches = self._num_launches, self._num_launches + 1
-        world.launch(launches, seed=seed)
-        written = [guest.written() for guest in guests]
-        for guest in guests:
-            guest.leave()
-        return written
 
     def current_capture(self) -> int:
         return 0
 
     def barrier(self, stream: Any = None) -> None:
-        self.meet()
+        self.meet("in a barrier")
 
-    def meet(self) -> None:
-        with self._together("barrier"):
-            dist.barrier(self._group)
+    def meet(self, what: str, limit_s: float | None = None) -> None:
+        self._meeting.all_gather(None, what, limit_s)
 
-    def all_gather_object(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.num_ranks
-        with self._together("all_gather_object"):
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+    def all_gather_object(self, value: T, what: str) -> list[T]:
+        return self._meeting.all_gather(value, what)
 
     def close(self) -> None:
         self._closed_because = self._closed_because or "it was closed"
         for window in self._windows:
             window.closed = True  # freed with the world
-        self._close_world()
-        self._world = None
-
-    @contextlib.contextmanager
-    def _together(self, what: str) -> Iterator[None]:
-        """Around a step of torch.distributed, whose own error would speak of sockets."""
-        try:
-            yield
-        except RuntimeError as error:
-            self._closed_because = "a rank left the group"
-            raise EPError(f"a rank left the group while this one was in {what}: {error}") from error
+        self._line.close()
+        self._end_host()
 
     def _require_open(self) -> None:
         if self._closed_because:
             raise EPError(f"this machine cannot be used any more: {self._closed_because}; build a new buffer")
 
-    def _require_world(self) -> World:
-        if self._world is None:
-            raise EPError("the simulated machine of rank 0 is closed")
-        return self._world
-
-    def _ask_host(self, what: str, payload: Any, serve: Callable[[list[Any]], Sequence[Any]]) -> Any:
-        """Send a payload to rank 0, which serves all ranks together, and return what it has for this one. Collective.
-
-        Args:
-            what: names the step; ranks that are in different steps are told so.
-            payload: anything that can be pickled.
-            serve: runs on rank 0; takes all ranks' payloads, returns all ranks' results, by rank.
-
-        Raises:
-            whatever serve raises, on all ranks.
-        """
+    def _ask(self, ask: Ask) -> Any:
+        """Bring something to a step, and return what the host has for this rank; raises what went wrong there."""
         self._require_open()
-        questions: list[Any] = [None] * self.num_ranks
-        answers: list[Any] = [None] * self.num_ranks
-        answer: list[Any] = [None]
-        own_error = None
-        is_host = self.rank == 0
-        with self._together(what):
-            dist.gather_object((what, payload), questions if is_host else None, dst=self._host, group=self._group)
-        if is_host:
-            try:
-                require_same([question[0] for question in questions], "are in different steps")
-                answers = list(serve([question[1] for question in questions]))
-            except Exception as error:  # whatever it is, the peers must not wait for an answer
-                own_error = error
-                answers = [Failure.of(error)] * self.num_ranks
-        with self._together(what):
-            dist.scatter_object_list(answer, answers if is_host else None, src=self._host, group=self._group)
-        if own_error is not None:
-            raise own_error
-        if isinstance(answer[0], Failure):
-            raise answer[0].error()
-        return answer[0]
+        try:
+            answer = self._line.ask(ask)
+        except BaseException as error:  # the host has gone, or Ctrl-C: no later answer would be to a later question
+            self._closed_because = f"it was left in {ask.text} ({type(error).__name__})"
+            raise
+        if isinstance(answer, Failure):
+            raise answer.error()
+        return answer
+
+
+def end(host: Host, service: Service) -> None:
+    """Give back what rank 0 has for all."""
+    service.world.close()
+    host.close()
 
 
 @functools.cache
@@ -295,25 +315,21 @@ def _build(kernel: jit.Kernel, environment: Environment) -> jit.Built:
     return jit.build(kernel, jit.Gxx(environment=environment))
 
 
-def describe(kernel: jit.Kernel) -> str:
-    """A kernel in words that differ when anything compiled into it does."""
-    return f"{kernel.name}({kernel.config}, {kernel.num_threads} threads, {ctypes.sizeof(kernel.args)} argument bytes)"
-
-
-def require_same(texts: Sequence[str], complaint: str) -> None:
+def require_same(texts: Mapping[int, str], complaint: str) -> None:
     """Raise EPError, naming two ranks, unless all ranks say the same."""
-    for rank, text in enumerate(texts):
-        if text != texts[0]:
-            raise EPError(f"ranks {complaint}: rank 0: {texts[0]}; rank {rank}: {text}")
+    first = min(texts)
+    for rank, text in texts.items():
+        if text != texts[first]:
+            raise EPError(f"ranks {complaint}: rank {first}: {texts[first]}; rank {rank}: {text}")
 
 
-def agree(requests: list[Request | Failure]) -> list[Request]:
-    """All ranks' requests, or the first rank's failure as an exception."""
-    for rank, request in enumerate(requests):
-        if isinstance(request, Failure):
-            raise Failure(request.kind, f"rank {rank} of the group: {request.text}").error()
-    good = [request for request in requests if isinstance(request, Request)]
-    require_same([request.what for request in good], "launch different things")
+def agree(parts: Mapping[int, Part | Failure]) -> dict[int, Part]:
+    """All ranks' parts, or the first failure as an exception."""
+    good = {}
+    for rank, part in sorted(parts.items()):
+        if isinstance(part, Failure):
+            raise Failure(part.kind, f"rank {rank} of the group: {part.text}").error()
+        good[rank] = part
     return good
 
 

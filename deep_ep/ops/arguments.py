@@ -45,7 +45,7 @@ class Window(ctypes.Structure):
 
 
 class FaultRecord(ctypes.Structure):
-    """What the first wait that timed out leaves for the host."""
+    """What the first wait that timed out leaves for the host; behind it lies another, of the first that took long."""
 
     _fields_ = [
         ("state", ctypes.c_uint32),
@@ -61,7 +61,7 @@ class FaultRecord(ctypes.Structure):
 
 
 class Patience(ctypes.Structure):
-    _fields_ = [("fault", ctypes.c_void_p), ("timeout_ns", ctypes.c_uint64)]
+    _fields_ = [("fault", ctypes.c_void_p), ("timeout_ns", ctypes.c_uint64), ("notice_ns", ctypes.c_uint64)]
 
 
 class Routing(ctypes.Structure):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
-from deep_ep.errors import EPError, EPTimeoutError
+from deep_ep.errors import EPError, EPTimeoutError, WaitReport
 from deep_ep.ops.arguments import FaultRecord, PlanFlag
 
 READABLE = 2  # FaultRecord.state
+FAULT_WORDS = ctypes.sizeof(FaultRecord) // 4  # of one record; a fault and a notice lie one behind the other
 
 # The waits of include/deep_ep/wire/phase.cuh.
 PHASES = {
@@ -52,12 +55,43 @@ def check_fault(words: torch.Tensor, rank: int) -> None:
             f"{difference(fault, rank)}. Every rank must make the same calls in the same order, with the same sizes. "
             "Destroy this buffer on every rank and build a new one"
         )
-    what = PHASES.get(fault.phase, f"phase {fault.phase}: for rank {{peer}}").format(peer=fault.peer)
     raise EPTimeoutError(
-        f"rank {rank} waited {fault.waited_ns / 1e9:.1f} s in {what} (block {fault.block}, thread {fault.thread}; "
-        f"expected epoch {fault.expected}, saw {fault.seen}). Every rank must make the same calls in the same order; "
-        f"see what rank {fault.peer} did instead. Destroy this buffer on every rank and build a new one; "
-        "num_gpu_timeout_secs sets the limit"
+        f"rank {rank} {describe_wait(fault)}. Every rank must make the same calls in the same order; see what rank "
+        f"{fault.peer} did instead. Destroy this buffer on every rank and build a new one; num_gpu_timeout_secs sets "
+        "the limit",
+        WaitReport(
+            rank=rank,
+            phase=phase_of(fault).partition(":")[0],
+            peers=(fault.peer,),
+            seconds=fault.waited_ns / 1e9,
+            counters={"expected_epoch": fault.expected, "seen_epoch": fault.seen},
+        ),
+    )
+
+
+def take_notice(words: torch.Tensor, rank: int) -> str | None:
+    """What a kernel says that has waited long, and waits on; told once.
+
+    Args:
+        words: as for ``check_fault``; the notice lies behind the fault.
+    """
+    notice = words[FAULT_WORDS : 2 * FAULT_WORDS]
+    if int(notice[0]) != READABLE:
+        return None
+    text = f"rank {rank} has {describe_wait(FaultRecord.from_buffer_copy(notice.numpy().tobytes()))}"
+    notice[0] = 0  # the next one may come
+    return text
+
+
+def phase_of(fault: FaultRecord) -> str:
+    """In which phase, and for what."""
+    return PHASES.get(fault.phase, f"phase {fault.phase}: for rank {{peer}}").format(peer=fault.peer)
+
+
+def describe_wait(fault: FaultRecord) -> str:
+    return (
+        f"waited {fault.waited_ns / 1e9:.1f} s in {phase_of(fault)} (block {fault.block}, thread {fault.thread}; "
+        f"expected epoch {fault.expected}, saw {fault.seen})"
     )
 
 

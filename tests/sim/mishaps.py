@@ -37,6 +37,7 @@ class Call:
     num_topk: int = 2
     experts_per_rank: int = 2
     with_weights: bool = True
+    cached: bool = False
 
 
 USUAL = Call()
@@ -54,6 +55,10 @@ DIFFERENCES: dict[str, tuple[Call, str]] = {
     "weights": (
         Call(with_weights=False),
         "called dispatch (num_topk 2), rank {rank} called dispatch (num_topk 2, topk",
+    ),
+    "handle": (
+        Call(cached=True),
+        "called dispatch (num_topk 2, topk_weights, a handle), rank {rank} called dispatch (num",
     ),
     "nothing": (Call(operation="nothing"), "waited 7.0 s in "),
 }
@@ -112,6 +117,10 @@ class Player:
     def _dispatch(self, call: Call) -> Any:
         num_tokens, num_experts = (5 + self.rank) % 7, call.experts_per_rank * self.buffer.num_ranks
         chance = torch.Generator().manual_seed(self.mishap.seed * 64 + self.rank)
+        if call.cached:
+            x = torch.randn(num_tokens, call.hidden, generator=chance).bfloat16()
+            weights = torch.rand(num_tokens, call.num_topk, generator=chance)
+            return self.buffer.dispatch(x, topk_weights=weights, handle=self.result[3], num_sms=self.mishap.num_sms)
         idx = torch.rand(num_tokens, num_experts, generator=chance).argsort(dim=1)[:, : call.num_topk]
         return self.buffer.dispatch(
             torch.randn(num_tokens, call.hidden, generator=chance).bfloat16(),

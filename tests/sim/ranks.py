@@ -162,6 +162,7 @@ class ThreadMachine:
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
         cooperative: bool = False,
+        meets_peers: bool = True,
     ) -> None:
         own_args = type(args).from_buffer_copy(args)  # the caller may change its own for the next launch
         self.queue.append(Queued(kernel, own_args, num_blocks, shared_bytes, reads, writes))
@@ -171,7 +172,7 @@ class ThreadMachine:
         reads = [tensor for queued in self.queue for tensor in queued.reads]
         writes = [tensor for queued in self.queue for tensor in queued.writes] + [words.memory for words in self._words]
         stream = [
-            (queued, pack("", queued.kernel.name, queued.args, reads, writes, self._is_window)) for queued in self.queue
+            (queued, pack(queued.kernel.name, queued.args, reads, writes, self._is_window)) for queued in self.queue
         ]
         written = self._ranks.meeting.ask(self.rank, stream, self._ranks.run_streams)
         if stream:
@@ -185,12 +186,12 @@ class ThreadMachine:
         return 0
 
     def barrier(self, stream: Any = None) -> None:
-        self.meet()
+        self.meet("in a barrier")
 
-    def meet(self) -> None:
+    def meet(self, what: str, limit_s: float | None = None) -> None:
         self._ranks.meeting.ask(self.rank, None, lambda nothing: nothing)
 
-    def all_gather_object(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T, what: str) -> list[T]:
         result: list[T] = self._ranks.meeting.ask(self.rank, value, lambda values: [list(values)] * self.num_ranks)
         return result
 
@@ -264,7 +265,7 @@ class Ranks:
             for rank in range(self.num_ranks)
         ]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(simulated, "SimulatedMachine", lambda group, environment: ThreadMachine(group, self))
+            patch.setattr(simulated, "SimulatedMachine", lambda group, environment, limits: ThreadMachine(group, self))
             patch.setitem(plan.ROLES, "simulated", roles)
             for thread in threads:
                 thread.start()

@@ -80,19 +80,21 @@ class FakeMachine:
     def barrier(self, stream: Any = None) -> None:
         self.num_barriers += 1
 
-    def meet(self) -> None:
+    def meet(self, what: str, limit_s: float | None = None) -> None:
         self.num_meetings += 1
+        self.meeting_limit_s = limit_s
 
-    def all_gather_object(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any, what: str) -> list[Any]:
         return self.answers or [value]
 
     def close(self) -> None:
         self.num_closed += 1
 
-    def leave_fault(self, state: int = READABLE) -> None:
-        """What a kernel writes whose wait has timed out."""
-        record = FaultRecord(state=state, phase=3, peer=1, waited_ns=2_000_000_000)
-        ctypes.memmove(self.words[0].address, ctypes.addressof(record), ctypes.sizeof(record))
+    def leave_fault(self, record: int = 0) -> None:
+        """What a kernel writes whose wait has timed out; or as a notice, whose wait takes long."""
+        fault = FaultRecord(state=READABLE, phase=3, peer=1, waited_ns=2_000_000_000)
+        address = self.words[-2].address + record * ctypes.sizeof(fault)
+        ctypes.memmove(address, ctypes.addressof(fault), ctypes.sizeof(fault))
 
     def report_counts(self, rows: int, *selections: int) -> None:
         self.words[1].tensor[: 2 + len(selections)] = torch.tensor([1, rows, *selections])
@@ -101,7 +103,7 @@ class FakeMachine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMachine]:
     machine = FakeMachine()
-    monkeypatch.setattr(endpoint, "open_machine", lambda group, environment: machine)
+    monkeypatch.setattr(endpoint, "open_machine", lambda group, environment, limits: machine)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield machine
     dist.destroy_process_group()
@@ -170,7 +172,7 @@ def test_what_fails_on_one_rank_is_told_to_all_before_they_wait_for_it(machine: 
 
 def test_another_version_on_another_rank(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     gather = {None: [None, None]}  # the step in which all say that they are well
-    monkeypatch.setattr(machine, "all_gather_object", lambda value: gather.get(value, [value, "0123456789ab"]))
+    monkeypatch.setattr(machine, "all_gather_object", lambda value, what: gather.get(value, [value, "0123456789ab"]))
     with pytest.raises(
         EPError, match=r"different versions of deep_ep: rank 0 has headers \w{12}, rank 1 0123456789ab;"
     ):
@@ -262,10 +264,36 @@ def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: py
 
 def test_counts_that_never_come(buffer: ElasticBuffer, machine: FakeMachine) -> None:
     impatient = build(num_cpu_timeout_secs=0.01)
-    with pytest.raises(EPTimeoutError, match=r"rank 0 waited 0.01 s for the counts .* num_cpu_timeout_secs"):
+    with pytest.raises(EPTimeoutError, match=r"rank 0 waited 0.01 s for the counts .* num_cpu_timeout_secs") as caught:
         dispatch(impatient)
-    with pytest.raises(EPError, match="this buffer must be rebuilt on every rank: the counts of a dispatch"):
+    assert caught.value.report is not None
+    assert (caught.value.report.rank, caught.value.report.phase) == (0, "for the counts of a dispatch")
+    with pytest.raises(EPError, match="this buffer must be rebuilt on every rank: the host waited in vain for the cou"):
         dispatch(impatient)
+
+
+def test_who_waits_long_says_so(machine: FakeMachine, caplog: pytest.LogCaptureFixture) -> None:
+    """The host of itself, and kernels through a record, once each; both before they give up."""
+    impatient = build(num_cpu_timeout_secs=0.2, num_gpu_timeout_secs=8)
+    machine.on_launch = lambda: machine.leave_fault(record=1)
+    with caplog.at_level(logging.WARNING, "deep_ep"), pytest.raises(EPTimeoutError):
+        dispatch(impatient)
+    kernel, host = (record.getMessage() for record in caplog.records[:2])
+    assert kernel.startswith("rank 0 has waited 2.0 s in collect: for rank 1 "), kernel
+    assert kernel.endswith("it gives up after 8.0 s")
+    assert host == "rank 0 has waited 0.1 s for the counts of a dispatch; it gives up after 0.2 s"
+    assert len(caplog.records) <= 4, "it says so ever less often"
+
+
+def test_a_broken_buffer_does_not_wait_long_to_be_destroyed(machine: FakeMachine) -> None:
+    buffer = build()
+    machine.on_launch = machine.leave_fault
+    dispatch(buffer, do_cpu_sync=False)
+    with pytest.raises(EPTimeoutError):
+        buffer.destroy()
+    assert machine.meeting_limit_s == endpoint.BROKEN_SECONDS
+    build().destroy()
+    assert machine.meeting_limit_s is None
 
 
 @pytest.mark.parametrize("do_cpu_sync", [False, True])
@@ -322,7 +350,6 @@ def test_the_last_fault_is_told(machine: FakeMachine) -> None:
     for end in ("barrier", "destroy"):
         buffer = build()
         machine.on_launch = machine.leave_fault
-        machine.words[0] = machine.words[-2]  # the record of this buffer
         dispatch(buffer, do_cpu_sync=False)
         with pytest.raises((EPTimeoutError, EPError), match=r"rank 0 waited 2.0 s in collect"):
             getattr(buffer, end)()

@@ -197,7 +197,7 @@ def test_the_machine_closes_once_and_gives_back_what_it_took(machine: cuda.CudaM
 
 
 def test_windows_of_different_sizes_are_refused(machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    gather: Callable[[int], list[int]] = lambda num_bytes: [num_bytes, num_bytes + 1]  # noqa: E731
+    gather: Callable[[int, str], list[int]] = lambda num_bytes, what: [num_bytes, num_bytes + 1]  # noqa: E731
     monkeypatch.setattr(machine, "all_gather_object", gather)
     with pytest.raises(ValueError, match=r"by rank it is \[4, 5\]"):
         machine.allocate_window(4)
@@ -218,7 +218,7 @@ def test_an_old_gpu_is_refused() -> None:
 
 
 def test_a_problem_of_one_rank_is_told_to_all(machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "all_gather_object", lambda value: [None, "its driver is old"])
+    monkeypatch.setattr(machine, "all_gather_object", lambda value, what: [None, "its driver is old"])
     with pytest.raises(EPEnvironmentError, match="rank 1 of the group cannot take part: its driver is old"):
         raise_together(None, machine.all_gather_object, EPEnvironmentError)
     with pytest.raises(EPEnvironmentError, match=r"^mine$"):
@@ -230,12 +230,14 @@ def test_a_rank_without_memory_tells_its_peers(machine: cuda.CudaMachine, monkey
         raise torch.OutOfMemoryError("no memory")
 
     gathered: list[Any] = []
-    monkeypatch.setattr(machine, "all_gather_object", lambda value: gathered.append(value) or [value, value])
+    monkeypatch.setattr(machine, "all_gather_object", lambda value, what: gathered.append(value) or [value, value])
     monkeypatch.setattr(cuda.nccl, "allocate", allocate)
     with pytest.raises(torch.OutOfMemoryError):
         machine.allocate_window(4)
     assert gathered == [4, "OutOfMemoryError: no memory"]
-    monkeypatch.setattr(machine, "all_gather_object", lambda value: [4, 4] if value == 4 else [value, "no memory"])
+    monkeypatch.setattr(
+        machine, "all_gather_object", lambda value, what: [4, 4] if value == 4 else [value, "no memory"]
+    )
     monkeypatch.setattr(cuda.nccl, "allocate", lambda *_: None)
     with pytest.raises(EPError, match="rank 1 of the group cannot take part: no memory"):
         machine.allocate_window(4)

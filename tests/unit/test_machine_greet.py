@@ -23,6 +23,7 @@ import torch.multiprocessing as multiprocessing
 from deep_ep import jit
 from deep_ep.environment import Environment, read
 from deep_ep.machine import Machine, open_machine
+from deep_ep.machine.meeting import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_RANKS = 16
@@ -119,7 +120,7 @@ def greet(machine: Machine, kernel: jit.Kernel, num_rounds: int, stream: Any = N
         assert y.tolist() == expected, (round_idx, y.tolist(), expected, words.tensor.tolist())
     assert words.tensor.tolist() == [0] * 10
     machine.barrier(stream)
-    machine.meet()
+    machine.meet("to end")
     window.close()
     words.close()
 
@@ -128,7 +129,7 @@ def greet_in_a_rank(rank: int, num_ranks: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), num_ranks)
     dist.init_process_group("gloo", rank=rank, world_size=num_ranks, store=store, timeout=PATIENCE)
     assert dist.group.WORLD is not None
-    machine = open_machine(dist.group.WORLD, Environment())
+    machine = open_machine(dist.group.WORLD, Environment(), Limits())
     greet(machine, greet_kernel(folder), num_rounds=3)
     machine.close()
     dist.destroy_process_group()
@@ -147,10 +148,11 @@ def test_a_killed_rank_leaves_no_world_behind(tmp_path: Path) -> None:
         "import sys, time, pathlib, torch.distributed as dist\n"
         "from deep_ep.environment import Environment\n"
         "from deep_ep.machine import open_machine\n"
+        "from deep_ep.machine.meeting import Limits\n"
         "store = dist.FileStore(sys.argv[1], 1)\n"
         "dist.init_process_group('gloo', rank=0, world_size=1, store=store)\n"
-        "machine = open_machine(dist.group.WORLD, Environment())\n"
-        "print(machine._world._process.pid, flush=True)\n"
+        "machine = open_machine(dist.group.WORLD, Environment(), Limits())\n"
+        "print(machine._service.world._process.pid, flush=True)\n"
         "time.sleep(100)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "store")]
@@ -188,7 +190,7 @@ def main() -> None:
     ):
         dist.init_process_group(backend, device_id=device if eager else None)
         assert dist.group.WORLD is not None
-        machine = open_machine(dist.group.WORLD, read({**os.environ, **settings}))
+        machine = open_machine(dist.group.WORLD, read({**os.environ, **settings}), Limits())
         greet(machine, kernel, num_rounds=20, stream=machine.comm_stream)
         greet(machine, kernel, num_rounds=20, stream=torch.cuda.current_stream())
         microseconds = time_launches(machine, kernel)

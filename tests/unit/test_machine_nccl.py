@@ -163,7 +163,7 @@ def fake_group(num_ranks: int = 2) -> Any:
 
 def open_communicator(group: Any, **settings: Any) -> nccl.Communicator:
     return nccl.Communicator(
-        group, torch.device("cuda", 0), Environment(**settings), lambda value: [b"the id of rank 0", value]
+        group, torch.device("cuda", 0), Environment(**settings), lambda value, what: [b"the id of rank 0", value]
     )
 
 

@@ -72,7 +72,7 @@ def test_pointers_lead_to_the_same_bytes_elsewhere() -> None:
     args = Args(x=x[3:].data_ptr(), y=y.data_ptr(), num_rows=7)
     args.peers.base[1] = 0x5000  # in a window
     args.pairs[1].base[2] = x.data_ptr()
-    request = pack("copy", "copy", args, [x], [y], lambda address: address == 0x5000)
+    request = pack("copy", args, [x], [y], lambda address: address == 0x5000)
 
     regions = {region.name: region for region in request.regions}
     assert regions["pairs[1].base[2]"].data == x.numpy().tobytes()
@@ -94,7 +94,7 @@ def test_pointers_lead_to_the_same_bytes_elsewhere() -> None:
 def test_two_views_of_the_same_memory_stay_one_place() -> None:
     storage = torch.arange(16, dtype=torch.int32)
     even, odd = storage[::2], storage[1::2]
-    request = pack("copy", "copy", Args(x=even.data_ptr(), y=odd.data_ptr()), [even], [odd], never_a_window)
+    request = pack("copy", Args(x=even.data_ptr(), y=odd.data_ptr()), [even], [odd], never_a_window)
     (region,) = request.regions
     assert region.writable
     assert request.pointers == (Pointer(Args.x.offset, 0, 0), Pointer(Args.y.offset, 0, 4))
@@ -102,7 +102,7 @@ def test_two_views_of_the_same_memory_stay_one_place() -> None:
 
 def test_an_empty_tensor_needs_no_memory() -> None:
     empty = torch.zeros(8, dtype=torch.int32)[4:4]
-    request = pack("copy", "copy", Args(x=empty.data_ptr()), [empty], [], never_a_window)
+    request = pack("copy", Args(x=empty.data_ptr()), [empty], [], never_a_window)
     assert [region.data for region in request.regions] == [b""]
 
 
@@ -111,13 +111,13 @@ def test_a_pointer_that_leads_nowhere_is_named() -> None:
     args = Args(x=x.data_ptr())
     args.peers.base[2] = x.data_ptr() + 16  # one past the end
     with pytest.raises(ValueError, match=r"^peers\.base\[2\] of copy points to 0x.* no tensor of reads or writes"):
-        pack("copy", "copy", args, [x], [], never_a_window)
+        pack("copy", args, [x], [], never_a_window)
 
 
 def test_a_pointer_into_a_window_and_a_tensor_at_once_is_refused() -> None:
     x = torch.zeros(4)
     with pytest.raises(ValueError, match="both a tensor and a window"):
-        pack("copy", "copy", Args(x=x.data_ptr()), [x], [], lambda address: True)
+        pack("copy", Args(x=x.data_ptr()), [x], [], lambda address: True)
 
 
 def test_tensors_of_another_device_are_refused() -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import ctypes
 import datetime
 import os
+import re
+import signal
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +25,12 @@ from deep_ep import jit
 from deep_ep.environment import Environment
 from deep_ep.errors import EPError
 from deep_ep.machine import backends_of, open_machine, simulated
+from deep_ep.machine.meeting import Limits
 from deep_ep.machine.simulated import SimulatedMachine
 from deep_ep.machine.world import Launch, SimulationError
 
 PATIENCE = datetime.timedelta(seconds=60)
+LIMITS = Limits(host_s=30, kernel_s=30)
 
 
 class ShiftArgs(ctypes.Structure):
@@ -62,6 +68,7 @@ class FakeWorld:
         self.names: dict[int, str] = {}
         self.next = 0x1000_0000_0000
         self.seeds: list[int] = []
+        self.patience: list[str] = []
         self.num_closed = 0
 
     def allocate(self, num_bytes: int, *, fill: int = 0, name: str = "") -> int:
@@ -90,11 +97,11 @@ class FakeWorld:
         memory, where = self._at(address, num_bytes)
         return bytes(memory[where])
 
-    def launch(self, launches: Sequence[Launch], *, seed: int) -> None:
+    def launch(self, launches: Sequence[Launch], *, seed: int, patience: str) -> None:
         self.seeds.append(seed)
+        self.patience.append(patience)
         if launches[0].name == "deep_ep_stuck":
             raise SimulationError("deadlock: everybody waits", seed)
-        assert [launch.rank for launch in launches] == list(range(len(launches)))
         outgoing = {}
         for launch in launches:
             args = ShiftArgs.from_buffer_copy(launch.args)
@@ -115,8 +122,8 @@ def use_fakes() -> None:
 class Rank:
     """A machine with one window, some host words and the two tensors of a shift."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.machine = SimulatedMachine(group, Environment())
+    def __init__(self, group: dist.ProcessGroup, limits: Limits = LIMITS) -> None:
+        self.machine = SimulatedMachine(group, Environment(), limits)
         self.window = self.machine.allocate_window(64)
         self.words = self.machine.host_words(2)
         self.x = torch.arange(1, 5, dtype=torch.int32) * 10 + self.machine.rank
@@ -135,7 +142,14 @@ class Rank:
             args.window[rank] = address
         return args
 
-    def launch(self, kernel: jit.Kernel = SHIFT, args: ctypes.Structure | None = None, num_blocks: int = 2) -> None:
+    def launch(
+        self,
+        kernel: jit.Kernel = SHIFT,
+        args: ctypes.Structure | None = None,
+        *,
+        num_blocks: int = 2,
+        alone: bool = False,
+    ) -> None:
         self.machine.launch(
             kernel,
             args or self.args(),
@@ -144,6 +158,7 @@ class Rank:
             stream=None,
             reads=[self.x],
             writes=[self.y],
+            meets_peers=not alone,
         )
 
 
@@ -158,7 +173,8 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rank]:
 
 
 def world_of(rank: Rank) -> FakeWorld:
-    world = rank.machine._world
+    assert rank.machine._service is not None
+    world = rank.machine._service.world
     assert isinstance(world, FakeWorld)
     return world
 
@@ -229,22 +245,22 @@ def test_wrong_arguments_leave_the_machine_usable(alone: Rank) -> None:
 
 
 def test_open_machine_simulates_a_gloo_group(alone: Rank) -> None:
-    machine = open_machine(dist.group.WORLD, Environment())
+    machine = open_machine(dist.group.WORLD, Environment(), LIMITS)
     assert (machine.name, machine.rank, machine.num_ranks) == ("simulated", 0, 1)
     machine.barrier()
-    machine.meet()
-    assert machine.all_gather_object("here") == ["here"]
+    machine.meet("to see")
+    assert machine.all_gather_object("here", "to say") == ["here"]
     machine.close()
 
 
 def test_only_a_group_of_nccl_or_gloo_will_do(alone: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.distributed\.ProcessGroup, but it is a str"):
-        open_machine("world", Environment())  # type: ignore[arg-type]
+        open_machine("world", Environment(), LIMITS)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="does not contain this rank"):
         backends_of(dist.GroupMember.NON_GROUP_MEMBER)
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cpu:mpi,cuda:mpi")
     with pytest.raises(ValueError, match=r"backends \{'cpu': 'mpi', 'cuda': 'mpi'\}.*nccl with GPUs, or gloo"):
-        open_machine(dist.group.WORLD, Environment())
+        open_machine(dist.group.WORLD, Environment(), LIMITS)
 
 
 def run_ranks(scenario: Callable[..., None], num_ranks: int, folder: Path) -> None:
@@ -285,29 +301,109 @@ def three_ranks_in_a_subgroup_of_four() -> None:
     text = error_of(lambda: rank.launch(args=wrong_args))
     who = "" if machine.rank == 2 else "rank 2 of the group: "
     assert text.startswith(f"ValueError: {who}y of shift points to 0x8"), text
-    text = error_of(lambda: rank.launch(num_blocks=3 if machine.rank == 1 else 2))
-    assert text.startswith("EPError: ranks launch different things: rank 0: shift("), text
-    assert "2 blocks" in text
-    assert "rank 1: shift(" in text
+    rank.launch(num_blocks=3 if machine.rank == 1 else 2)
     text = error_of((lambda: rank.machine.allocate_window(8)) if machine.rank == 2 else rank.launch)
-    assert text == "EPError: ranks are in different steps: rank 0: launch; rank 2: allocate_window", text
+    assert text == "EPError: ranks are in different steps: rank 0: a launch; rank 2: allocate_window", text
     text = error_of(lambda: rank.machine.allocate_window(8 + machine.rank))
     assert text.startswith("ValueError: num_bytes must be the same on all ranks, but by rank it is [8, 9, 10]"), text
+    if machine.rank == 1:
+        rank.launch(alone=True)  # waits for nobody
     rank.launch()
 
     text = error_of(lambda: rank.launch(STUCK))
-    assert text == "SimulationError: simulated launch failed with seed 3: deadlock: everybody waits", text
+    assert text == "SimulationError: simulated launch failed with seed 5: deadlock: everybody waits", text
+    machine.meet("to end")
     machine.close()
     dist.barrier(group)
 
 
 def a_rank_leaves() -> None:
+    """Those who came are served alone, at once: nobody else is left to wait for."""
     rank = Rank(dist.group.WORLD)
+    if rank.machine.rank == 2:
+        os._exit(0)
+    start = time.monotonic()
+    rank.launch()  # kernels find out themselves, in virtual time
+    assert time.monotonic() - start < LIMITS.kernel_s
+    if rank.machine.rank == 0:
+        assert world_of(rank).patience == ["expire"]
+    text = error_of(rank.launch)
+    assert text.startswith(
+        "EPError: these simulated ranks cannot go on: ranks [2] did not come to a launch of shift"
+    ), text
+    end_without_the_lost(rank.machine, lost=2)
+
+
+def a_rank_comes_late() -> None:
+    limits = Limits(host_s=60, kernel_s=0.5)
+    rank = Rank(dist.group.WORLD, limits)
+    rank.launch()
     if rank.machine.rank == 1:
+        time.sleep(4)
+        text = error_of(rank.launch)
+        assert text.startswith(
+            "EPError: these simulated ranks cannot go on: ranks [1] did not come to a launch of shift"
+        ), text
+    else:
+        start = time.monotonic()
+        rank.launch()
+        assert 0.4 < time.monotonic() - start < 3.5
+    # All are alive: they can build anew.
+    rank.machine.meet("to end")
+    rank.machine.close()
+    again = Rank(dist.group.WORLD, limits)
+    again.launch()
+    again.machine.meet("to end")
+    again.machine.close()
+
+
+def the_host_leaves() -> None:
+    rank = Rank(dist.group.WORLD)
+    if rank.machine.rank == 0:
+        time.sleep(0.5)
         os._exit(0)
     text = error_of(rank.launch)
-    assert text.startswith("EPError: a rank left the group while this one was in launch"), text
-    assert "a rank left the group" in error_of(rank.launch)
+    assert (
+        text == "EPError: the rank that hosts the simulated ranks has left while this one was in a launch of shift"
+    ), text
+    assert "this machine cannot be used any more" in error_of(rank.launch)
+    os._exit(0)  # the store was rank 0's too
+
+
+def a_rank_never_comes() -> None:
+    """To build a machine: the others are told which, and can build one later, when it comes."""
+    group, limits = dist.group.WORLD, Limits(host_s=0.5)
+    if dist.get_rank() == 1:
+        time.sleep(4)
+    else:
+        start = time.monotonic()
+        text = error_of(lambda: Rank(group, limits))
+        assert re.match(
+            r"EPTimeoutError: rank \d waited \d\.\d s for ranks \[1\] of the group to build a buffer", text
+        ), text
+        assert time.monotonic() - start < 3.5
+    rank = Rank(group)
+    rank.launch()
+    rank.machine.meet("to end")
+    rank.machine.close()
+
+
+def steps_that_differ() -> None:
+    machine = SimulatedMachine(dist.group.WORLD, Environment(), LIMITS)
+    text = error_of(lambda: machine.meet("to sing" if machine.rank == 0 else "to dance"))
+    other, mine, theirs = (1, "to sing", "to dance") if machine.rank == 0 else (0, "to dance", "to sing")
+    assert text == f"EPError: ranks are in different steps: rank {machine.rank} came {mine}, rank {other} {theirs}", (
+        text
+    )
+    machine.meet("to end")
+    machine.close()
+
+
+def end_without_the_lost(machine: SimulatedMachine, lost: int) -> None:
+    text = error_of(lambda: machine.meet("to end", 0.2))
+    assert f"for ranks [{lost}] of the group to end" in text, text
+    if machine.rank == 0:
+        time.sleep(0.5)  # it has the store
     os._exit(0)  # the group is broken; nothing can be destroyed in good order
 
 
@@ -315,5 +411,29 @@ def test_ranks_of_a_subgroup_meet_and_share_their_errors(tmp_path: Path) -> None
     run_ranks(three_ranks_in_a_subgroup_of_four, 4, tmp_path)
 
 
-def test_a_rank_that_dies_does_not_hang_the_others(tmp_path: Path) -> None:
-    run_ranks(a_rank_leaves, 2, tmp_path)
+def what_all_survive() -> None:
+    """One after the other in the same processes, which take seconds to start."""
+    for scenario in (a_rank_comes_late, a_rank_never_comes, steps_that_differ, a_rank_is_interrupted):
+        scenario()
+        dist.barrier()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "num_ranks"),
+    [(a_rank_leaves, 3), (the_host_leaves, 2), (what_all_survive, 3)],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_ranks_that_are_missed(scenario: Callable[..., None], num_ranks: int, tmp_path: Path) -> None:
+    run_ranks(scenario, num_ranks, tmp_path)
+
+
+def a_rank_is_interrupted() -> None:
+    """Ctrl-C gets through while a rank waits for peers that do not come."""
+    rank = Rank(dist.group.WORLD)
+    if rank.machine.rank == 0:
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            rank.launch()
+        assert "it was left in a launch of shift (KeyboardInterrupt)" in error_of(rank.launch)
+    rank.machine.meet("to end")
+    rank.machine.close()

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "deep_ep"
 INCLUDE = PACKAGE / "include" / "deep_ep"
 
 # Part of the package -> the parts that it may import, beside itself. A part is a top-level module or folder.
-PURE = frozenset({"errors", "layout", "plan", "topology"})
+PURE = frozenset({"errors", "layout", "plan", "topology", "waiting"})
 MAY_IMPORT = {
     **dict.fromkeys(PURE, PURE),
     "environment": {"errors"},
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "handle": PURE | {"event"},
     "validate": PURE | {"event", "handle"},
     "jit": {"errors", "environment"},
-    "machine": {"errors", "environment", "jit"},
+    "machine": {"errors", "environment", "jit", "waiting"},
     "ops": PURE | {"jit", "machine", "handle"},
     "calls": PURE | {"ops", "machine", "jit", "handle", "event", "validate", "environment", "installation"},
     "buffer": PURE | {"calls", "machine", "handle", "event", "validate"},

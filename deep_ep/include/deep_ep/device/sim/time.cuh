@@ -20,8 +20,9 @@ static_assert(sizeof(FaultRecord) == 40 && EP_OFFSET(FaultRecord, waited_ns) == 
 
 // How long to wait, and where to complain.
 struct Patience {
-  FaultRecord* fault;
+  FaultRecord* fault;        // [2]: the fault; behind it a notice of who waits long, and goes on waiting
   std::uint64_t timeout_ns;  // 0: forever, or until another thread's fault
+  std::uint64_t notice_ns;   // less than the timeout; 0: never
 };
 
 // What a wait is for.
@@ -67,17 +68,17 @@ namespace deep_ep::device {
 namespace detail {
 
 // The first thread that gives up writes the record; the release of state 2 publishes its fields.
-EP_DEVICE void record_fault(FaultRecord* fault, const Waiting& waiting, std::uint32_t seen, std::uint64_t waited_ns,
-                            const sim::Site& site) {
-  if (compare_exchange_gpu(&fault->state, 0u, 1u, site) != 0) return;
-  fault->phase = waiting.phase;
-  fault->block = block_idx();
-  fault->thread = thread_idx();
-  fault->peer = waiting.peer;
-  fault->expected = waiting.expected;
-  fault->seen = seen;
-  fault->waited_ns = waited_ns;
-  store_release_sys(&fault->state, 2u, site);
+EP_DEVICE void record_wait(FaultRecord* record, const Waiting& waiting, std::uint32_t seen, std::uint64_t waited_ns,
+                           const sim::Site& site) {
+  if (compare_exchange_gpu(&record->state, 0u, 1u, site) != 0) return;
+  record->phase = waiting.phase;
+  record->block = block_idx();
+  record->thread = thread_idx();
+  record->peer = waiting.peer;
+  record->expected = waiting.expected;
+  record->seen = seen;
+  record->waited_ns = waited_ns;
+  store_release_sys(&record->state, 2u, site);
 }
 
 }  // namespace detail
@@ -85,7 +86,7 @@ EP_DEVICE void record_fault(FaultRecord* fault, const Waiting& waiting, std::uin
 // Records a fault that is no timeout: this thread saw something that must not be. All waits of this GPU give up soon.
 EP_DEVICE void fault(const Patience& patience, const Waiting& waiting, std::uint32_t seen,
                      sim::Site site = sim::Site::current()) {
-  detail::record_fault(patience.fault, waiting, seen, 0, site);
+  detail::record_wait(patience.fault, waiting, seen, 0, site);
 }
 
 // Polls `load() -> uint32_t` until it equals `waiting.expected`: true. False after the timeout, which it records, or
@@ -95,7 +96,7 @@ template <class Load>
 EP_DEVICE bool wait_until_equals(const Patience& patience, const Waiting& waiting, Load load,
                                  sim::Site site = sim::Site::current()) {
   const std::uint64_t start_ns = clock_ns();
-  const std::uint64_t deadline_ns = patience.timeout_ns == 0 ? sim::kNever : start_ns + patience.timeout_ns;
+  std::uint64_t limit_ns = patience.notice_ns != 0 ? patience.notice_ns : patience.timeout_ns;
   while (true) {
     sim::begin_poll(site);
     const std::uint32_t seen = load();
@@ -105,10 +106,12 @@ EP_DEVICE bool wait_until_equals(const Patience& patience, const Waiting& waitin
       sim::end_poll();
       return has_arrived;
     }
-    if (!sim::park_poll({"a word", site, &waiting, seen, deadline_ns})) {
-      detail::record_fault(patience.fault, waiting, seen, clock_ns() - start_ns, site);
-      return false;
-    }
+    const std::uint64_t deadline_ns = limit_ns == 0 ? sim::kNever : start_ns + limit_ns;
+    if (sim::park_poll({"a word", site, &waiting, seen, deadline_ns})) continue;
+    const bool gives_up = limit_ns == patience.timeout_ns;
+    detail::record_wait(patience.fault + (gives_up ? 0 : 1), waiting, seen, clock_ns() - start_ns, site);
+    if (gives_up) return false;
+    limit_ns = patience.timeout_ns;
   }
 }
 

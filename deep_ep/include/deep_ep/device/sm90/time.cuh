@@ -20,8 +20,9 @@ static_assert(sizeof(FaultRecord) == 40 && EP_OFFSET(FaultRecord, waited_ns) == 
 
 // How long to wait, and where to complain.
 struct Patience {
-  FaultRecord* fault;
+  FaultRecord* fault;        // [2]: the fault; behind it a notice of who waits long, and goes on waiting
   std::uint64_t timeout_ns;  // 0: forever, or until another thread's fault
+  std::uint64_t notice_ns;   // less than the timeout; 0: never
 };
 
 // What a wait is for.
@@ -45,23 +46,23 @@ inline constexpr int kPollsPerLook = 512;
 
 // The first thread that gives up writes the record; the release of state 2 publishes its fields. The competitors are
 // threads of this GPU, so its scope is enough for the exchange, and no PCIe atomics are asked for.
-EP_DEVICE void record_fault(FaultRecord* fault, const Waiting& waiting, std::uint32_t seen, std::uint64_t waited_ns) {
-  if (compare_exchange_gpu(&fault->state, 0u, 1u) != 0) return;
-  fault->phase = waiting.phase;
-  fault->block = block_idx();
-  fault->thread = thread_idx();
-  fault->peer = waiting.peer;
-  fault->expected = waiting.expected;
-  fault->seen = seen;
-  fault->waited_ns = waited_ns;
-  store_release_sys(&fault->state, 2u);
+EP_DEVICE void record_wait(FaultRecord* record, const Waiting& waiting, std::uint32_t seen, std::uint64_t waited_ns) {
+  if (compare_exchange_gpu(&record->state, 0u, 1u) != 0) return;
+  record->phase = waiting.phase;
+  record->block = block_idx();
+  record->thread = thread_idx();
+  record->peer = waiting.peer;
+  record->expected = waiting.expected;
+  record->seen = seen;
+  record->waited_ns = waited_ns;
+  store_release_sys(&record->state, 2u);
 }
 
 }  // namespace detail
 
 // Records a fault that is no timeout: this thread saw something that must not be. All waits of this GPU give up soon.
 EP_DEVICE void fault(const Patience& patience, const Waiting& waiting, std::uint32_t seen) {
-  detail::record_fault(patience.fault, waiting, seen, 0);
+  detail::record_wait(patience.fault, waiting, seen, 0);
 }
 
 // Polls `load() -> uint32_t` until it equals `waiting.expected`: true. False after the timeout, which it records, or
@@ -72,6 +73,7 @@ EP_DEVICE bool wait_until_equals(const Patience& patience, const Waiting& waitin
   std::uint32_t seen = load();
   if (seen == waiting.expected) return true;
   const std::uint64_t start_ns = clock_ns();
+  std::uint64_t limit_ns = patience.notice_ns != 0 ? patience.notice_ns : patience.timeout_ns;
   while (true) {
 #pragma unroll 1
     for (int poll = 0; poll < detail::kPollsPerLook; ++poll) {
@@ -80,10 +82,11 @@ EP_DEVICE bool wait_until_equals(const Patience& patience, const Waiting& waitin
     }
     if (load_relaxed_sys(&patience.fault->state) != 0) return false;
     const std::uint64_t waited_ns = clock_ns() - start_ns;
-    if (patience.timeout_ns != 0 && waited_ns >= patience.timeout_ns) {
-      detail::record_fault(patience.fault, waiting, seen, waited_ns);
-      return false;
-    }
+    if (limit_ns == 0 || waited_ns < limit_ns) continue;
+    const bool gives_up = limit_ns == patience.timeout_ns;
+    detail::record_wait(patience.fault + (gives_up ? 0 : 1), waiting, seen, waited_ns);
+    if (gives_up) return false;
+    limit_ns = patience.timeout_ns;
   }
 }
 
