@@ -187,7 +187,7 @@ def is_row_weights(value: Any, name: str, rows: int, device: torch.device) -> to
     if weights.shape[0] != rows:
         shape = list(weights.shape)
         raise ValueError(f"{name} must be [{rows}], one weight a row of the expanded layout, but its shape is {shape}")
-    return weights.contiguous()
+    return weights
 
 
 def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
@@ -224,6 +224,8 @@ def is_whole_handle(handle: EPHandle, num_ranks: int) -> None:
         "psum_num_recv_tokens_per_scaleup_rank": (num_ranks,),
         "psum_num_recv_tokens_per_expert": (local_experts,),
         "num_unaligned_recv_tokens_per_expert": (local_experts,),
+        "per_expert_aligned": (local_experts,),
+        "per_expert_end": (local_experts,),
     }
     for name, shape in shapes.items():
         value = getattr(handle, name)

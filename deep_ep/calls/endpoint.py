@@ -61,6 +61,7 @@ class Endpoint:
         self.layout = layout.window_layout(self.num_ranks, num_bytes)
         self._cpu_timeout = cpu_timeout
         self._broken: str | None = None
+        self._has_launched = False  # in the call under way
         self._last_call = LastCall()
         self.closed = False
 
@@ -184,11 +185,13 @@ class Endpoint:
     @contextlib.contextmanager
     def breaking_on_error(self, call: str) -> Iterator[None]:
         """From a call's first launch to its last: whatever ends it in between (out of memory, Ctrl-C) leaves counters
-        that the next call would trip over."""
+        that the next call would trip over. What ends it before the first launch leaves nothing."""
+        self._has_launched = False
         try:
             yield
         except BaseException as error:
-            self._broken = self._broken or f"a {call} was left half-done ({type(error).__name__}: {error})"
+            if self._has_launched:
+                self._broken = self._broken or f"a {call} was left half-done ({type(error).__name__}: {error})"
             raise
 
     def _check_fault(self) -> None:
@@ -303,6 +306,7 @@ class Endpoint:
         """Launch a call, or a half of it, on ``num_sms`` blocks. Sets the argument ``num_send_blocks``."""
         num_blocks = min(num_sms, self.machine.num_sms)
         for args.num_send_blocks in num_send_blocks_of_launches(roles, half, num_blocks):
+            self._has_launched = True
             self.machine.launch(
                 kernel,
                 args,

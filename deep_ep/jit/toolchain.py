@@ -105,10 +105,17 @@ class Nvrtc:
             f"--gpu-architecture={self.architecture}",
             f"--std=c++{self.environment.jit_cpp_standard}",
             "-default-device",
-            "-default-device",
             "--no-cache",  # NVRTC's own: what comes out of it has no log, and so no register counts
             "--ptxas-options=-v",
+            *_lineinfo(self.environment),
+        )
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return _cuda_outputs(self.environment)
+
+    def check(self, kernel: Kernel) -> None:
+        if kernel.uses_nccl:
             raise ValueError(f"kernel {kernel.name!r} includes NCCL's headers, which NVRTC cannot read; use Nvcc")
 
     def command(self, sources: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ FLAGS = {
     PlanFlag.WEIGHTS: "topk_weights",
     PlanFlag.CACHED: "a handle",
     PlanFlag.SCALES: "scale factors",
-    PlanFlag.EVERY_ROW: "allow_multiple_reduction=False",
+    PlanFlag.EVERY_ROW: "expanded rows that are added in one step",
 }
 SIZES = ("num_experts", "num_max_tokens_per_rank", "bytes of a row", "bytes beside a row")
 

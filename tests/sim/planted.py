@@ -77,8 +77,8 @@ BUGS = (
     Bug(
         "announce-before-stores-are-complete",
         "phases/announce.cuh",
-        "    if (device::elect()) device::bulk_wait<kStillMoving>();\n",
-        "",
+        "    if (device::elect()) {\n      if (is_due)",
+        "    if (false) {\n      if (is_due)",
         RACE,
         num_tokens=MANY_TOKENS,
     ),

@@ -26,13 +26,14 @@ def test_is_noticed(bug: planted.Bug) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "combining"), dict.fromkeys((bug.num_tokens, bug.combining) for bug in planted.BUGS)
+    ("num_tokens", "combining", "num_sms"),
+    dict.fromkeys((bug.num_tokens, bug.combining, bug.num_sms) for bug in planted.BUGS),
 )
 def test_nothing_is_noticed_where_nothing_is_planted(
-    tmp_path: Path, num_tokens: int, combining: combines.Options
+    tmp_path: Path, num_tokens: int, combining: combines.Options, num_sms: int
 ) -> None:
     toolchain = planted.patched_toolchain(tmp_path, None)
-    assert planted.find_error(toolchain, num_tokens, combining) == (planted.MAX_SEEDS, "")
+    assert planted.find_error(toolchain, num_tokens, combining, num_sms) == (planted.MAX_SEEDS, "")
 
 
 def test_a_patch_that_no_longer_fits_is_an_error(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 // What a source tells each peer before its tokens arrive, as words (word.cuh):
 //
 //   0                      tokens that come
-//   then                   what it calls (plan.cuh), in odd and in even epochs; the other words come in dispatches only
+//   then                   what it calls (plan.cuh), in even and in odd epochs; the other words come in dispatches only
 //   then, [local expert]   selections of the receiver's experts
 
 #include <deep_ep/limits.cuh>

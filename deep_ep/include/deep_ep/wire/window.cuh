@@ -2,7 +2,7 @@
 // The window: memory that every rank of the NVLink domain can load from and store to. All windows have the same regions
 // at the same offsets (deep_ep/layout.py owns the table), so an address is a base plus an offset.
 //
-//   control    epoch, drained marks                            written by this rank and, a word each, by its peers
+//   control    epoch, counters, drained marks                  written by this rank and, a word each, by its peers
 //   partials   one word per (block, expert or rank), and one   written and read by this rank's blocks only
 //   messages   one Message per source rank                     written by that source
 //   arrived    one word per (source rank, slot)                written by that source
