@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +19,18 @@ from deep_ep.handle import EPHandle
 from deep_ep.machine import backends_of
 
 logger = logging.getLogger("deep_ep")
+
+
+_KEYS = itertools.count()
+_BUFFERS: weakref.WeakValueDictionary[int, ElasticBuffer] = weakref.WeakValueDictionary()
+
+
+def buffer_of(key: int) -> ElasticBuffer:
+    """The buffer of this process that has this number."""
+    buffer = _BUFFERS.get(key)
+    if buffer is None:
+        raise ValueError("the buffer of this operation is gone: keep it as long as its results and their gradients")
+    return buffer
 
 
 def get_physical_domain_size(group: dist.ProcessGroup) -> tuple[int, int]:
@@ -99,6 +113,10 @@ class ElasticBuffer:
         cpu_timeout = validate.is_timeout("num_cpu_timeout_secs", num_cpu_timeout_secs)
         gpu_timeout = validate.is_timeout("num_gpu_timeout_secs", num_gpu_timeout_secs)
         self._endpoint = Endpoint(group, num_bytes, cpu_timeout, gpu_timeout)
+        # What operators of torch know a buffer by, and tracers can read (autograd.py).
+        self._key = next(_KEYS)
+        _BUFFERS[self._key] = self
+        self._group_ranks, self._num_sms = self._endpoint.group_ranks, self._endpoint.num_sms(0)
         topology = self._endpoint.topology
         self.rank_idx, self.num_ranks = topology.rank, topology.num_ranks
         self.num_scaleout_ranks = self.num_rdma_ranks = topology.num_scaleout_ranks

@@ -95,9 +95,9 @@ def carries_no_gradient(call: str, **values: Any) -> None:
     for name, value in values.items():
         tensors = value if isinstance(value, (tuple, list)) else (value,)
         if torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors):
-            raise NotImplementedError(
-                f"{name} requires a gradient, and {call} does not carry gradients in this version; call it under "
-                "torch.no_grad(), or inside a torch.autograd.Function of your own"
+            raise ValueError(
+                f"{name} requires a gradient, which buffer.{call} does not carry; use deep_ep.autograd.{call}, or call "
+                "it under torch.no_grad(), or inside a torch.autograd.Function of your own"
             )
 
 

@@ -262,6 +262,9 @@ def what_the_guide_shows(group: dist.ProcessGroup, device: torch.device) -> None
     idx = (torch.arange(2 * TOKENS).reshape(TOKENS, 2) % num_experts).to(device, deep_ep.topk_idx_t)
     given = (buffer, x, idx, torch.ones(TOKENS, 2, device=device), num_experts)
     assert guide["moe_layer"](*given, lambda recv_x, *_: recv_x).shape == x.shape
+    learning = (buffer, x.clone().requires_grad_(), *given[2:])
+    guide["layer_that_learns"](*learning, lambda recv_x, *_: recv_x).sum().backward()
+    assert learning[1].grad is not None
     cast = guide["dispatch_fp8"](*given)[0]
     identity = torch.eye(HIDDEN, dtype=torch.bfloat16, device=device).repeat(2, 1, 1)
     y, row_weights, handle = guide["experts_as_one_grouped_gemm"](*given, identity)

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "calls": PURE | {"ops", "machine", "jit", "handle", "event", "validate", "environment", "installation"},
     "buffer": PURE | {"calls", "machine", "handle", "event", "validate"},
     "fp8": set(),
+    "autograd": {"buffer", "handle", "plan"},
     "utils": {"event", "fp8"},
     "__init__": {"buffer", "handle", "event", "validate", "errors"},
 }

@@ -188,7 +188,7 @@ def test_event() -> None:
 
 def test_gradients_are_not_lost_without_a_word() -> None:
     x = torch.zeros(1, requires_grad=True)
-    with pytest.raises(NotImplementedError, match="x requires a gradient, and dispatch does not carry gradients"):
+    with pytest.raises(ValueError, match=r"x requires a gradient, which buffer\.dispatch does not carry; use deep_ep"):
         validate.carries_no_gradient("dispatch", x=x, topk_weights=None)
     with torch.no_grad():
         validate.carries_no_gradient("dispatch", x=x)
