@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -76,6 +77,14 @@ class Job:
         return ways.dispatch(self.buffer, self.device, **changes)
 
 
+def ranks_that_are_not_in_step(job: Job) -> None:
+    """Each comes when it likes, within the limits: nobody minds, and notices are all there is."""
+    chance = random.Random(job.group.rank())
+    for seed in range(4):
+        time.sleep(chance.choice([0.0, 0.05, 0.3 * LIMIT_SECONDS]))
+        cases.run(ways.draw(seed, job.group), job.buffer, job.device)
+
+
 def a_rank_that_comes_late(job: Job) -> None:
     """Much later than its peers wait."""
     if job.is_odd:
@@ -130,7 +139,7 @@ def a_rank_that_dies(job: Job) -> None:
     """In the midst of a call. The others go on in a group of their own."""
     if job.is_odd:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Outputs, "allocate", lambda *_: os._exit(0))
+            patch.setattr(Outputs, "allocate", lambda *_, **__: os._exit(0))
             job.dispatch()
     recv_x, _, _, handle, _ = job.dispatch()
     text, seconds = job.told(lambda: job.buffer.combine(recv_x, handle))
@@ -146,11 +155,12 @@ def a_rank_that_dies(job: Job) -> None:
     job.buffer.destroy()
 
 
-def out_of_memory(*_: Any) -> None:
+def out_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("no memory")
 
 
 MISHAPS: tuple[Callable[[Job], None], ...] = (
+    ranks_that_are_not_in_step,
     a_rank_that_comes_late,
     a_rank_with_other_sizes,
     a_rank_with_another_call,
