@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from deep_ep import plan
 from deep_ep.buffer import ElasticBuffer, buffer_of
@@ -148,7 +148,7 @@ def _num_rows(handle: EPHandle, do_expand: bool) -> int:
 # The operators. What may be None comes out as an empty tensor.
 
 
-@torch.library.custom_op("deep_ep::dispatch", mutates_args=())
+@library.custom_op("deep_ep::dispatch", mutates_args=())
 def _find(
     x: Tensor,
     topk_idx: Tensor,
@@ -181,7 +181,7 @@ def _find(
         return *_filled(recv_x, recv_idx, weights), topk_idx, slots, metadata, torch.cat(sums), counts
 
 
-@torch.library.custom_op("deep_ep::dispatch_by_handle", mutates_args=())
+@library.custom_op("deep_ep::dispatch_by_handle", mutates_args=())
 def _follow(
     x: Tensor,
     topk_weights: Tensor | None,
@@ -208,7 +208,7 @@ def _follow(
         return _filled(recv_x, recv_idx, weights)
 
 
-@torch.library.custom_op("deep_ep::combine", mutates_args=())
+@library.custom_op("deep_ep::combine", mutates_args=())
 def _combine(
     x: Tensor,
     topk_weights: Tensor | None,
@@ -280,7 +280,7 @@ def _(
     num_tokens: Any = num_ranks * max_tokens
     num_rows: Any = num_tokens
     if exact:
-        context = torch.library.get_ctx()
+        context = library.get_ctx()
         num_tokens = context.new_dynamic_size()
         num_rows = context.new_dynamic_size() if expand else num_tokens
     elif expand:
@@ -384,6 +384,6 @@ def _combine_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor) -> tuple[A
     return grad_rows, weights if ctx.has_weights else None, grad_biases, *_of_route(ctx), None, None
 
 
-torch.library.register_autograd("deep_ep::dispatch", _find_backward, setup_context=_find_setup)
-torch.library.register_autograd("deep_ep::dispatch_by_handle", _follow_backward, setup_context=_follow_setup)
-torch.library.register_autograd("deep_ep::combine", _combine_backward, setup_context=_combine_setup)
+library.register_autograd("deep_ep::dispatch", _find_backward, setup_context=_find_setup)
+library.register_autograd("deep_ep::dispatch_by_handle", _follow_backward, setup_context=_follow_setup)
+library.register_autograd("deep_ep::combine", _combine_backward, setup_context=_combine_setup)

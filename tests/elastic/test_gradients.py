@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from torch.library import opcheck
+from torch import library
 
 import deep_ep
 from deep_ep import ElasticBuffer, autograd
@@ -65,16 +65,16 @@ def test_operators_are_what_they_say(buffer: ElasticBuffer, exact: bool, expand:
     utils = (*schema, "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     numbers = [EXPERTS, 8, 4, 2]
     given = weights if with_weights else None
-    opcheck(autograd._find, (x, idx, given, buffer._key, numbers, expand, exact), test_utils=utils)
+    library.opcheck(autograd._find, (x, idx, given, buffer._key, numbers, expand, exact), test_utils=utils)
     recv_x, _, recv_weights, handle = autograd.dispatch(
         buffer, x, idx, given, num_experts=EXPERTS, expert_alignment=4, do_cpu_sync=exact, do_expand=expand
     )
     route = autograd.Route.of(handle)
-    opcheck(autograd._follow, (x, given, *route, buffer._key, expand, len(recv_x)))
+    library.opcheck(autograd._follow, (x, given, *route, buffer._key, expand, len(recv_x)))
     rows = recv_x.detach().requires_grad_()
     row_weights = None if recv_weights is None else recv_weights.detach().requires_grad_()
     biases = [torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16, requires_grad=True)] * 2
-    opcheck(autograd._combine, (rows, row_weights, biases, *route, buffer._key, expand))
+    library.opcheck(autograd._combine, (rows, row_weights, biases, *route, buffer._key, expand))
 
 
 @pytest.mark.parametrize("expand", [False, True])
