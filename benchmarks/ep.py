@@ -1,49 +1,140 @@
-"""Time dispatch and combine end to end:  torchrun --nproc-per-node 2 -m benchmarks.ep [--sms 8,16,24] [--repeat 200]
+"""Time dispatch and combine end to end, on all ranks at once:
 
-Each timed call starts with both ranks aligned on the GPU (a small all-reduce), L2 flushed, and the host far ahead, so
-that what is measured is what the streams see: inputs ready to outputs ready. Prints a table and writes JSON.
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.ep [--prefill 4096,8192] [--decode 1,128] [--sms 16,24,48]
+
+Prefill sizes are called eagerly: ranks aligned on the GPU by a small all-reduce, L2 flushed, the host far ahead, so
+that what is measured is what the streams see, from inputs ready to outputs ready. Decode sizes are called eagerly and
+in a CUDA graph. SMs are all that any kernel of a call holds. The ceilings are measured in the same run.
+
+--json and --plot write files, --trace one for chrome://tracing, --reference compares with an earlier --json file and
+ends with 1 if any call's part of the ceiling is worse by more than --tolerance. --repeat N only checks that N runs are
+bit-identical.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
-import json
-import statistics
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.timing import Stopwatch, Workload
+import deep_ep
+from benchmarks.ceilings import COPY_BYTES, Ceilings
+from benchmarks.report import Reading, Report, drifted
+from benchmarks.timing import Stopwatch
+from benchmarks.workload import CALLS, Shape, Workload, join
 
-COPY_BYTES = 48 << 20  # what the ceilings copy; a window has room for it
+TRACED_SMS = 24
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    Workload.add_arguments(parser)
-    parser.add_argument("--sms", default="16,24,32,48")
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    Shape.add_arguments(parser)
+    parser.add_argument("--prefill", type=numbers, default=[4096, 8192], help="tokens a rank")
+    parser.add_argument("--decode", type=numbers, default=[1, 8, 32, 128, 256], help="tokens a rank")
+    parser.add_argument("--sms", type=numbers, default=[8, 16, 24, 32, 48, 96])
+    parser.add_argument("--decode-sms", type=numbers, default=[24])
+    parser.add_argument("--calls", default="", help=f"part of a name; of: {'; '.join(CALLS)}")
     parser.add_argument("--iterations", type=int, default=30)
-    parser.add_argument("--repeat", type=int, default=0, help="only check that so many runs are bit-identical")
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--repeat", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--trace", type=Path)
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--tolerance", type=float, default=0.1)
     arguments = parser.parse_args()
-    workload = Workload.make(arguments)
+    if arguments.reference and not arguments.json:
+        parser.error("--reference compares with what --json writes: give both")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse()
+    group, device = join()
+    largest = max([*arguments.prefill, *arguments.decode, -(-2 * COPY_BYTES // (2 * arguments.hidden))])
+    buffer = Shape.of(arguments, largest).build(group)
+    failed = False
     if arguments.repeat:
-        check_repeat(arguments.repeat, workload)
+        check_repeat(arguments.repeat, Workload(Shape.of(arguments, arguments.prefill[0]), buffer, device))
+    elif arguments.trace:
+        trace(arguments.trace, Workload(Shape.of(arguments, arguments.prefill[0]), buffer, device))
     else:
-        measure(arguments, workload)
-    workload.close()
+        failed = measure(arguments, buffer, device)
+    buffer.destroy()
+    dist.destroy_process_group()
+    return int(failed)
+
+
+def measure(arguments: argparse.Namespace, buffer: deep_ep.ElasticBuffer, device: torch.device) -> bool:
+    """Time everything; returns whether anything has drifted from the reference."""
+    stopwatch = Stopwatch(device)
+    ceilings = Ceilings.measure(buffer, stopwatch, arguments.iterations)
+    facts = {
+        "device": torch.cuda.get_device_name(),
+        "ranks": buffer.num_ranks,
+        "torch": torch.__version__,
+        "deep_ep": deep_ep.__version__,
+        "link_gbs": round(ceilings.link_gbs, 1),
+        "memory_gbs": round(ceilings.memory_gbs, 1),
+    }
+    title = (
+        f"{buffer.num_ranks} x {facts['device']}, hidden {arguments.hidden}, top-{arguments.topk} of "
+        f"{arguments.experts}; ceilings: link {ceilings.link_gbs:.0f} GB/s, memory {ceilings.memory_gbs:.0f} GB/s"
+    )
+    report = Report(title, facts)
+    plan = [(tokens, "eager", arguments.sms) for tokens in arguments.prefill]
+    plan += [(tokens, mode, arguments.decode_sms) for mode in ("eager", "graph") for tokens in arguments.decode]
+    for tokens, mode, all_sms in plan:
+        workload = Workload(Shape.of(arguments, tokens), buffer, device)
+        for name, call in CALLS.items():
+            if arguments.calls not in name or (mode == "graph" and not call.captures):
+                continue
+            for sms in all_sms:
+                ready = call.prepare(workload, sms)
+                times = (stopwatch.graph if mode == "graph" else stopwatch.eager)(ready, arguments.iterations)
+                reading = Reading.of(
+                    times,
+                    name=name,
+                    tokens=tokens,
+                    mode=mode,
+                    sms=sms,
+                    rank=buffer.rank_idx,
+                    link_bytes=call.link_bytes(workload),
+                    ceiling=call.link_bytes(workload) / ceilings.link_gbs / 1e3,
+                    host=0.0 if mode == "graph" else stopwatch.host(ready),
+                )
+                report.add(reading)
+                del ready
+    return finish(arguments, report)
+
+
+def finish(arguments: argparse.Namespace, report: Report) -> bool:
+    if dist.get_rank() != 0:
+        return False
+    report.print()
+    if arguments.json:
+        report.write_json(arguments.json)
+    if arguments.plot:
+        report.write_plot(arguments.plot)
+    found = drifted(arguments.json, arguments.reference, arguments.tolerance) if arguments.reference else []
+    print(*found, sep="\n")
+    return bool(found)
 
 
 def check_repeat(times: int, workload: Workload) -> None:
     """Results of many runs, at changing SM counts, must not differ by a bit."""
     reference: list[torch.Tensor] = []
     for i in range(times):
-        recv_x, recv_idx, recv_weights, handle, _ = workload.dispatch([24, 8, 16, 48][i % 4], sync=i % 2 == 0)
+        sync = i % 2 == 0
+        results = workload.dispatch([24, 8, 16, 48][i % 4], workload.x, do_cpu_sync=sync)
+        recv_x, recv_idx, recv_weights, handle, _ = results
         rows = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
         combined, combined_weights, _ = workload.buffer.combine(recv_x, handle, topk_weights=recv_weights)
         results = [recv_x[:rows], recv_idx[:rows], recv_weights[:rows], handle.recv_src_metadata[:rows], combined]
@@ -57,72 +148,23 @@ def check_repeat(times: int, workload: Workload) -> None:
         print(f"{times} runs bit-identical: OK")
 
 
-class Table:
-    """Results of all ranks, printed by rank 0 as they come."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, name: str, sms: int, times: list[float], link_bytes: float) -> None:
-        """Collective: one line of medians (quartiles) and rates, a column a rank."""
-        median, (low, _, high) = statistics.median(times), statistics.quantiles(times, n=4)
-        mine = {"rank": dist.get_rank(), "name": name, "sms": sms, "us": median, "low": low, "high": high}
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, {**mine, "gbs": link_bytes / median / 1e3})
-        self.rows.extend(everyone)
-        columns = (f"{r['us']:7.1f} us ({r['low']:.1f}-{r['high']:.1f}) {r['gbs']:5.1f} GB/s" for r in everyone)
-        say(f"{name:<28} {sms:>4} " + "   ".join(columns))
-
-
-def say(text: str) -> None:
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def measure(arguments: argparse.Namespace, workload: Workload) -> None:
-    x, buffer = workload.x, workload.buffer
-    stopwatch, table = Stopwatch(x.device), Table()
-    row_bytes = x.shape[1] * x.element_size()
-    handle = workload.dispatch(24)[3]
-    sums = [0, *handle.psum_num_recv_tokens_per_scaleup_rank.tolist()]
-    received = [b - a for a, b in itertools.pairwise(sums)]
-    remote_bytes = float(sum(n for source, n in enumerate(received) if source != dist.get_rank()) * row_bytes)
-    say(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {arguments.tokens} x {arguments.hidden} bf16, "
-        f"top-{arguments.topk} of {arguments.experts}; columns: ranks"
-    )
-
-    def record(name: str, sms: int, call: Any, num_bytes: float) -> None:
-        table.add(name, sms, stopwatch.times(call, arguments.iterations), num_bytes)
-
-    record("ceiling: copy engine to peer", 0, lambda: copy_to_peer(buffer, COPY_BYTES), COPY_BYTES)
-    record("ceiling: local copy of x", 0, x.clone, row_bytes * x.shape[0])
-    for sms in map(int, arguments.sms.split(",")):
-        record("dispatch bf16", sms, functools.partial(workload.dispatch, sms), remote_bytes)
-        recv_x, _, recv_weights, handle, _ = workload.dispatch(sms)
-        combine = functools.partial(buffer.combine, recv_x, handle, topk_weights=recv_weights)
-        record("combine bf16", sms, combine, remote_bytes)
-        record("dispatch bf16, CPU sync", sms, functools.partial(workload.dispatch, sms, sync=True), remote_bytes)
-    started = time.perf_counter()
-    for _ in range(100):
-        workload.dispatch(24)
-    host_us = (time.perf_counter() - started) * 1e4
+def trace(path: Path, workload: Workload) -> None:
+    """A timeline of every call, three times each; and what the kernels take, on the terminal."""
+    ready: dict[str, Any] = {name: call.prepare(workload, TRACED_SMS) for name, call in CALLS.items()}
+    for call in ready.values():
+        call()
     torch.cuda.synchronize()
-    say(f"host, dispatch without CPU sync: {host_us:.0f} us a call")
-    if arguments.json and dist.get_rank() == 0:
-        arguments.json.write_text(json.dumps(table.rows, indent=1))
-
-
-def copy_to_peer(buffer: Any, num_bytes: int) -> None:
-    """The copy engine, from this rank's window to the next rank's: what the link gives with both directions in use."""
-    from cuda.bindings import driver
-
-    addresses, rank = buffer._endpoint.window.addresses, buffer.rank_idx
-    offset = buffer._endpoint.layout["rows"].offset
-    source, target = addresses[rank] + offset, addresses[(rank + 1) % len(addresses)] + offset
-    (status,) = driver.cuMemcpyDtoDAsync(target, source, num_bytes, torch.cuda.current_stream().cuda_stream)
-    assert int(status) == 0, status
+    with torch.profiler.profile() as profiler:
+        for name, call in ready.items():
+            for _ in range(3):
+                with torch.profiler.record_function(name):
+                    call()
+                torch.cuda.synchronize()
+                dist.barrier()
+    if dist.get_rank() == 0:
+        profiler.export_chrome_trace(str(path))
+        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=20))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,12 +13,11 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from benchmarks.timing import Stopwatch, Workload
+from benchmarks.timing import Stopwatch
+from benchmarks.workload import CALLS, Shape, Workload, join
 from deep_ep import plan
 
 DISPATCHES = [
@@ -42,6 +41,14 @@ SUMS = [
 ]
 
 
+# What each kind of roles is timed with (workload.py).
+TIMED = {
+    "dispatch": ["dispatch", "dispatch, cached", "dispatch, expanded", "dispatch bf16"],
+    "combine": ["combine"],
+    "sums": ["combine, expanded"],
+}
+
+
 def crew(text: str) -> plan.Crew:
     return plan.Crew(*map(int, text.split(",")))
 
@@ -56,53 +63,47 @@ def parse_combine(text: str, num_sms: int) -> plan.CombineRoles:
     return plan.CombineRoles(crew(send), int(warps), int(blocks) / num_sms)
 
 
-def divisions(arguments: argparse.Namespace, usual: plan.RolesOfMachine) -> Iterator[tuple[str, plan.RolesOfMachine]]:
+def divisions(
+    arguments: argparse.Namespace, usual: plan.RolesOfMachine
+) -> Iterator[tuple[str, str, plan.RolesOfMachine]]:
     """What to time, and with which roles; the other kernels keep their usual ones."""
     dispatches, combines, sums = arguments.try_dispatch, arguments.try_combine, arguments.try_sums
     if not dispatches and not combines and not sums:
         dispatches, combines, sums = DISPATCHES, COMBINES, SUMS
     for text in dispatches:
-        yield f"dispatch {text}", replace(usual, dispatch=parse_dispatch(text, arguments.sms))
+        yield "dispatch", text, replace(usual, dispatch=parse_dispatch(text, arguments.sms))
     for text in combines:
-        yield f"combine {text}", replace(usual, combine=parse_combine(text, arguments.sms))
+        yield "combine", text, replace(usual, combine=parse_combine(text, arguments.sms))
     for text in sums:
-        yield f"sums {text}", replace(usual, combine_sums=parse_combine(text, arguments.sms))
+        yield "sums", text, replace(usual, combine_sums=parse_combine(text, arguments.sms))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    Workload.add_arguments(parser)
+    Shape.add_arguments(parser)
+    parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--sms", type=int, default=24)
     parser.add_argument("--try-dispatch", action="append", default=[])
     parser.add_argument("--try-combine", action="append", default=[])
     parser.add_argument("--try-sums", action="append", default=[])
     parser.add_argument("--iterations", type=int, default=11)
     arguments = parser.parse_args()
-    workload = Workload.make(arguments)
-    endpoint, buffer = workload.buffer._endpoint, workload.buffer
+    group, device = join()
+    shape = Shape.of(arguments, arguments.tokens)
+    buffer = shape.build(group)
+    endpoint = buffer._endpoint
     assert endpoint is not None
-    stopwatch = Stopwatch(workload.x.device)
-    recv_x, _, recv_weights, handle, _ = workload.dispatch(arguments.sms, sync=True)
-    expanded_x = torch.randn(handle.num_expanded_tokens, recv_x.shape[1], device=recv_x.device).bfloat16()
-
-    def dispatch() -> Any:
-        return workload.dispatch(arguments.sms)
-
-    def combine() -> Any:
-        handle.do_expand = False
-        return buffer.combine(recv_x, handle, topk_weights=recv_weights)
-
-    def combine_sums() -> Any:
-        handle.do_expand = True
-        return buffer.combine(expanded_x, handle)
-
-    calls = {"dispatch": dispatch, "combine": combine, "sums": combine_sums}
-    for text, roles in divisions(arguments, endpoint.roles):
+    workload, stopwatch = Workload(shape, buffer, device), Stopwatch(device)
+    calls = {kind: [(name, CALLS[name].prepare(workload, arguments.sms)) for name in TIMED[kind]] for kind in TIMED}
+    for kind, text, roles in divisions(arguments, endpoint.roles):
         endpoint.roles = roles
-        times = stopwatch.times(calls[text.split()[0]], arguments.iterations)
+        medians = [
+            f"{name} {statistics.median(stopwatch.eager(call, arguments.iterations)):.1f}" for name, call in calls[kind]
+        ]
         if dist.get_rank() == 0:
-            print(f"{text:<40} {statistics.median(times):6.1f}", flush=True)
-    workload.close()
+            print(f"{kind} {text:<30} {'  '.join(medians)}", flush=True)
+    buffer.destroy()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

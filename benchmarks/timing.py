@@ -1,37 +1,66 @@
-"""How every benchmark here measures: both ranks aligned on the GPU, L2 flushed, the host far ahead."""
+"""How every benchmark here measures: ranks aligned on the GPU, L2 flushed, the host far ahead; or in a CUDA graph."""
 
 from __future__ import annotations
 
-import argparse
-import os
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import deep_ep
-
 FLUSH_BYTES = 512 << 20  # several times any L2
 FLUSHES = 8  # about a millisecond, in which the host enqueues the whole call
+WARM_UP = 3  # calls that are not counted
+CALLS_OF_GRAPH = 20  # captured behind each other, so that what a replay costs by itself does not count
+CALLS_OF_HOST = 100  # far below what a stream may hold back
+
+Call = Callable[[], Any]
 
 
 class Stopwatch:
-    """Times calls on the current stream by events: from inputs ready to outputs ready."""
+    """Times calls on the current stream by events: from inputs ready to outputs ready. All methods are collective."""
 
     def __init__(self, device: torch.device) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         self._small = torch.zeros(1, device=device)
 
-    def times(self, call: Callable[[], Any], iterations: int) -> list[float]:
-        """Microseconds of each call, after three that are not counted. Collective."""
-        for _ in range(3):
+    def eager(self, call: Call, iterations: int) -> list[float]:
+        """Microseconds of each call by itself, L2 flushed before it."""
+        for _ in range(WARM_UP):
             call()
-        return [self._time(call) for _ in range(iterations)]
+        return [self._between_events(call, FLUSHES) for _ in range(iterations)]
 
-    def _time(self, call: Callable[[], Any]) -> float:
-        for _ in range(FLUSHES):
+    def graph(self, call: Call, iterations: int) -> list[float]:
+        """Microseconds of a call in a CUDA graph: a replay of CALLS_OF_GRAPH of them, over their number."""
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS_OF_GRAPH):
+                call()
+        for _ in range(WARM_UP):
+            graph.replay()
+        times = [self._between_events(graph.replay, 1) / CALLS_OF_GRAPH for _ in range(iterations)]
+        torch.cuda.synchronize()
+        graph.reset()
+        return times
+
+    def host(self, call: Call) -> float:
+        """Microseconds that the host spends on a call, while nothing holds it back."""
+        for _ in range(WARM_UP):
+            call()
+        torch.cuda.synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(CALLS_OF_HOST):
+            call()
+        spent = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return spent / CALLS_OF_HOST * 1e6
+
+    def _between_events(self, call: Call, flushes: int) -> float:
+        for _ in range(flushes):
             self._flush.zero_()
         dist.all_reduce(self._small)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -40,53 +69,3 @@ class Stopwatch:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) * 1000
-
-
-@dataclass
-class Workload:
-    """One rank's random inputs, and a buffer that they fit into."""
-
-    x: torch.Tensor
-    topk_idx: torch.Tensor
-    weights: torch.Tensor
-    num_experts: int
-    buffer: deep_ep.ElasticBuffer
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--tokens", type=int, default=4096)
-        parser.add_argument("--hidden", type=int, default=7168)
-        parser.add_argument("--topk", type=int, default=8)
-        parser.add_argument("--experts", type=int, default=256)
-
-    @staticmethod
-    def make(arguments: argparse.Namespace) -> Workload:
-        """Join the ranks of a torchrun job, draw inputs and build the buffer. Collective."""
-        rank = int(os.environ["RANK"])
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-        group = dist.group.WORLD
-        assert group is not None
-        torch.manual_seed(rank)
-        x = torch.randn(arguments.tokens, arguments.hidden, device=device).bfloat16()
-        scores = torch.rand(arguments.tokens, arguments.experts, device=device)
-        weights, topk_idx = scores.topk(arguments.topk, dim=1)
-        buffer = deep_ep.ElasticBuffer(
-            group, num_max_tokens_per_rank=arguments.tokens, hidden=arguments.hidden, num_topk=arguments.topk
-        )
-        return Workload(x, topk_idx, weights, arguments.experts, buffer)
-
-    def dispatch(self, num_sms: int, sync: bool = False) -> Any:
-        return self.buffer.dispatch(
-            self.x,
-            topk_idx=self.topk_idx,
-            topk_weights=self.weights,
-            num_experts=self.num_experts,
-            num_sms=num_sms,
-            do_cpu_sync=sync,
-        )
-
-    def close(self) -> None:
-        self.buffer.destroy()
-        dist.destroy_process_group()
