@@ -1,8 +1,8 @@
 """Which division of a block's warps and a launch's blocks is fastest:
 
-    torchrun --nproc-per-node 2 -m benchmarks.roles --try-dispatch "10,3,1 20,3,1 9" --try-combine "3,4,1 20 24"
+    torchrun --nproc-per-node 2 -m benchmarks.roles --try-dispatch "9,3,1 14,2,1 1.4" --try-combine "3,4,1 20 24"
 
-A crew is warps,stages,storing (deep_ep/plan.py). --try-dispatch is "send crew, receive crew, sending blocks",
+A crew is warps,stages,storing (deep_ep/plan.py). --try-dispatch is "send crew, receive crew, send cost",
 --try-combine and --try-sums (combine of expanded rows) "send crew, warps of a block, sending blocks"; each may be given
 many times. Prints the median of each in microseconds. With none, sweeps all around what plan.py holds.
 """
@@ -21,10 +21,10 @@ from benchmarks.workload import CALLS, Shape, Workload, join
 from deep_ep import plan
 
 DISPATCHES = [
-    f"{send} {receive} {blocks}"
-    for send in ("7,4,1", "7,4,2", "10,3,1", "14,2,1")
-    for receive in ("14,2,1", "16,3,1", "20,3,1", "24,2,1")
-    for blocks in (8, 9, 10)
+    f"{send} {receive} {cost}"
+    for send in ("7,4,1", "9,3,1", "13,2,1")
+    for receive in ("9,3,1", "14,2,1", "20,3,1")
+    for cost in (1.0, 1.4, 2.0)
 ]
 COMBINES = [
     f"{send} {warps} {blocks}"
@@ -53,9 +53,9 @@ def crew(text: str) -> plan.Crew:
     return plan.Crew(*map(int, text.split(",")))
 
 
-def parse_dispatch(text: str, num_sms: int) -> plan.Roles:
-    send, receive, blocks = text.split()
-    return plan.Roles(crew(send), crew(receive), int(blocks) / num_sms)
+def parse_dispatch(text: str, usual: plan.Roles) -> plan.Roles:
+    send, receive, cost = text.split()
+    return replace(usual, send=crew(send), receive=crew(receive), send_cost=float(cost))
 
 
 def parse_combine(text: str, num_sms: int) -> plan.CombineRoles:
@@ -71,7 +71,7 @@ def divisions(
     if not dispatches and not combines and not sums:
         dispatches, combines, sums = DISPATCHES, COMBINES, SUMS
     for text in dispatches:
-        yield "dispatch", text, replace(usual, dispatch=parse_dispatch(text, arguments.sms))
+        yield "dispatch", text, replace(usual, dispatch=parse_dispatch(text, usual.dispatch))
     for text in combines:
         yield "combine", text, replace(usual, combine=parse_combine(text, arguments.sms))
     for text in sums:

@@ -23,9 +23,11 @@ LINE_BYTES = 128  # of memory and of the link
 SECTOR_BYTES = 32  # what memory writes at least
 WORD_BYTES = 8  # value and epoch
 MARK_BYTES = 4
-PLAN_WORDS = 5  # what a source says that it calls
-PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS + 1  # of a block: what it counted, and that it has settled places
-ARRIVED_SHARE = 64  # one part in so many of a window holds arrival marks, whatever the tokens will be
+PLAN_WORDS = 6  # what a source says that it calls
+PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS  # of a block: what it counted
+ARRIVED_SHARE = (
+    128  # one part in so many of a window holds arrival marks, whatever the tokens will be; two hold routed words
+)
 
 
 def align(value: int, alignment: int) -> int:
@@ -45,10 +47,12 @@ class Region:
 
 @dataclass(frozen=True)
 class Record:
-    """What travels for one token, in bytes: a row (a multiple of 16), then its tail (of 32). It fills whole lines."""
+    """What travels for one token, in bytes: a row (a multiple of 16), then its tail (of 32). It fills whole lines. A
+    dispatched token also has a label, which lies apart."""
 
     row_bytes: int
     tail_bytes: int
+    label_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -56,8 +60,8 @@ class Record:
 
     @staticmethod
     def of_dispatch(row_bytes: int, num_topk: int, num_scales: int = 0) -> Record:
-        """Row; token number; expert, position and weight of each selection; scale factors."""
-        return Record(row_bytes, align(16 + 12 * num_topk + 4 * num_scales, SECTOR_BYTES))
+        """Row; scale factors. Label: expert, position and weight of each selection."""
+        return Record(row_bytes, align(4 * num_scales, SECTOR_BYTES), align(12 * num_topk, SECTOR_BYTES))
 
     @staticmethod
     def of_combine(row_bytes: int, num_topk: int) -> Record:
@@ -81,7 +85,7 @@ class WindowLayout:
 
     @property
     def slots_per_source(self) -> int:
-        """Arrival marks that each source has: an upper limit of num_max_tokens_per_rank."""
+        """Arrival marks, and routed words, that each source has: an upper limit of num_max_tokens_per_rank."""
         return self["arrived"].num_bytes // (MARK_BYTES * self.num_ranks)
 
     def fits(self, num_max_tokens: int, record: Record, rows_of_token: int | None = None) -> bool:
@@ -92,9 +96,10 @@ class WindowLayout:
 
 def staged_bytes(num_ranks: int, num_max_tokens: int, record: Record, rows_of_token: int | None = None) -> int:
     """Bytes of the records that may lie at a rank: one for each token of each peer; or, if a token's rows come home one
-    by one, so many for each token of the rank itself, since one rank has each selection's expert."""
+    by one, so many for each token of the rank itself, since one rank has each selection's expert. And of the labels of
+    all ranks' tokens."""
     records = (rows_of_token or num_ranks - 1) if num_ranks > 1 else 0
-    return records * num_max_tokens * record.num_bytes
+    return num_max_tokens * (records * record.num_bytes + num_ranks * record.label_bytes)
 
 
 def message_words(num_ranks: int) -> int:
@@ -116,8 +121,13 @@ def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
     sizes = [
         ("control", CONTROL_BYTES, "epoch of the last operation, and who has read what"),
         ("partials", MAX_BLOCKS * PARTIAL_WORDS * WORD_BYTES, "what each block of this rank counted"),
-        ("messages", num_ranks * message_words(num_ranks) * WORD_BYTES, "what each source will send"),
+        ("messages", num_ranks * message_words(num_ranks) * WORD_BYTES, "what each source calls and will send"),
         ("arrived", num_bytes // ARRIVED_SHARE, "a mark for each token that has come"),
+        (
+            "routed",
+            num_bytes // ARRIVED_SHARE // MARK_BYTES * WORD_BYTES,
+            "a word for each token of all ranks: its slot",
+        ),
     ]
     regions, offset = [], 0
     for name, size, purpose in sizes:
@@ -128,7 +138,9 @@ def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
             f"num_bytes must be at least {align(offset, WINDOW_ALIGNMENT)} for {num_ranks} ranks, but it is "
             f"{num_bytes}; ElasticBuffer.get_buffer_size_hint gives one that fits"
         )
-    regions.append(Region("rows", offset, num_bytes - offset, "tokens that have come from the peers"))
+    regions.append(
+        Region("rows", offset, num_bytes - offset, "rows that have come from the peers; labels of all tokens")
+    )
     return WindowLayout(num_ranks, num_bytes, tuple(regions))
 
 
@@ -157,6 +169,8 @@ def window_bytes(
     if not allow_multiple_reduction:
         every_row = staged_bytes(num_ranks, num_max_tokens, Record.of_combine(row_bytes, 1), most_selections)
         rows = max(rows, every_row)
-    by_rows = -(-(fixed + rows + 2 * REGION_ALIGNMENT) * ARRIVED_SHARE // (ARRIVED_SHARE - 1))
+    by_rows = -(
+        -(fixed + rows + 3 * REGION_ALIGNMENT) * ARRIVED_SHARE // (ARRIVED_SHARE - 1 - WORD_BYTES // MARK_BYTES)
+    )
     by_marks = num_max_tokens * num_ranks * MARK_BYTES * ARRIVED_SHARE
     return align(max(by_rows, by_marks, WINDOW_ALIGNMENT), WINDOW_ALIGNMENT)

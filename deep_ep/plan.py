@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from deep_ep.layout import MAX_RANKS, Record, align
 
-TICKET_BYTES = 32 + 4 * MAX_RANKS  # what a ring remembers of a piece (include/deep_ep/phases/ring.cuh)
+TICKET_BYTES = 32  # what a ring remembers of a piece (include/deep_ep/phases/ring.cuh)
 MBARRIER_BYTES = 8
 PIECE_ALIGNMENT = 128  # bytes; whole lines of memory and of the link
 
@@ -25,25 +25,69 @@ class Crew:
 
 
 @dataclass(frozen=True)
+class Division:
+    """Who does what in one launch of a dispatch."""
+
+    num_send_blocks: int
+    """The others receive."""
+    first_count_block: int
+    """It and all behind it count before they do anything else."""
+
+
+@dataclass(frozen=True)
 class Roles:
     """What a kernel is compiled for, and how its launches divide their blocks."""
 
     send: Crew
     receive: Crew
-    send_share: float
-    """Of a launch's blocks, the part that sends."""
+    send_cost: float
+    """SM time of a byte that is sent, over that of a byte that is copied out."""
+    tokens_per_counter: int
+    """Of a rank's tokens, those that one block counts, while there are blocks."""
 
     @property
     def num_threads(self) -> int:
         return 32 * max(self.send.num_warps, self.receive.num_warps)
 
-    def num_send_blocks(self, num_blocks: int) -> int:
-        """At least one block sends and one receives."""
-        return min(max(1, round(num_blocks * self.send_share)), num_blocks - 1)
+    def num_send_blocks(self, num_blocks: int, traffic: Traffic) -> int:
+        """Blocks are divided as the bytes that they write. At least one sends and one receives."""
+        sent = traffic.sent * self.send_cost
+        share = sent / (sent + (traffic.sent + traffic.kept) * traffic.places)
+        return min(max(1, round(num_blocks * share)), num_blocks - 1)
 
-    def send_blocks_of_launches(self, num_blocks: int) -> list[int]:
-        """Sending blocks of each launch that a call takes. One block cannot do both: one launch after the other."""
-        return [1, 0] if num_blocks == 1 else [self.num_send_blocks(num_blocks)]
+    def division(self, num_blocks: int, num_tokens: int, traffic: Traffic) -> Division:
+        """A launch that does both halves."""
+        num_send_blocks = self.num_send_blocks(num_blocks, traffic)
+        num_counters = max(1, -(-num_tokens // self.tokens_per_counter))
+        return Division(num_send_blocks, max(num_send_blocks, num_blocks - num_counters))
+
+    def halves(self, num_blocks: int, num_tokens: int, traffic: Traffic) -> list[Division]:
+        """A launch that sends, those who count too, and one that receives."""
+        first = self.division(num_blocks, num_tokens, traffic).first_count_block if num_blocks > 1 else 0
+        return [Division(num_blocks, first), Division(0, num_blocks)]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What becomes of a rank's tokens, if experts are drawn evenly: rows sent and rows kept for each token, and the
+    places of each row that is received."""
+
+    sent: float
+    kept: float
+    places: float
+
+    @staticmethod
+    def of(num_ranks: int, num_topk: int, expand: bool) -> Traffic:
+        reached = 1 - (1 - 1 / num_ranks) ** num_topk  # the chance that a token goes to a certain rank
+        return Traffic((num_ranks - 1) * reached, reached, num_topk / num_ranks / reached if expand else 1.0)
+
+
+@dataclass(frozen=True)
+class CombineDivision:
+    """Who does what in a launch of a combine."""
+
+    num_send_blocks: int
+    """In them some warps send; all others add."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +108,6 @@ class CombineRoles:
         """At least one block sends."""
         return min(max(1, round(num_blocks * self.send_share)), num_blocks)
 
-    def send_blocks_of_launches(self, num_blocks: int) -> list[int]:
-        """Sending blocks of each launch that a call takes."""
-        return [self.num_send_blocks(num_blocks)]
-
 
 @dataclass(frozen=True)
 class RolesOfMachine:
@@ -83,12 +123,12 @@ class RolesOfMachine:
 # A GPU hides latency with many warps and large pieces; the simulator pays for each thread.
 ROLES = {
     "cuda": RolesOfMachine(
-        dispatch=Roles(send=Crew(10, 3, 1), receive=Crew(20, 3, 1), send_share=0.375),
+        dispatch=Roles(send=Crew(9, 3, 1), receive=Crew(14, 2, 1), send_cost=1.43, tokens_per_counter=256),
         combine=CombineRoles(send=Crew(3, 4, 1), num_warps=20, send_share=1.0),
         combine_sums=CombineRoles(send=Crew(7, 2, 1), num_warps=16, send_share=1.0),
     ),
     "simulated": RolesOfMachine(
-        dispatch=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_share=0.4),
+        dispatch=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_cost=1.43, tokens_per_counter=8),
         combine=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
         combine_sums=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
     ),
@@ -97,7 +137,7 @@ ROLES = {
 
 def tables_bytes(num_experts: int) -> int:
     """Bytes of a dispatch block's tables, as Tables::bytes in include/deep_ep/phases/tables.cuh."""
-    words = 4 + 3 * num_experts + 3 * MAX_RANKS + 4
+    words = 4 + 3 * num_experts + 4 * MAX_RANKS + 4
     return align(4 * words, 128)
 
 
@@ -151,19 +191,20 @@ def plan_dispatch(roles: Roles, record: Record, num_experts: int, num_ranks: int
     """The plan of a dispatch launch on a machine whose blocks have ``shared_limit`` bytes."""
     tables = tables_bytes(num_experts)
     send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
-    receive = ring(roles.receive, shared_limit - tables, record.row_bytes, record.tail_bytes)
-    # Before the rings are used, their memory holds what each warp counts (WarpCounts in phases/place.cuh).
-    counts = num_place_warps(roles, num_experts, num_ranks, shared_limit) * warp_counts_bytes(num_experts)
+    beside = record.tail_bytes + record.label_bytes
+    receive = ring(roles.receive, shared_limit - tables, record.row_bytes, beside)
+    # Before the rings are used, their memory holds what each warp counts (WarpCounts in phases/count.cuh).
+    counts = num_count_warps(roles, num_experts, num_ranks, shared_limit) * warp_counts_bytes(num_experts)
     return LaunchPlan(send, receive, tables, tables + max(send.rings_bytes, receive.rings_bytes, counts))
 
 
 def warp_counts_bytes(num_experts: int) -> int:
-    """Bytes in which one warp counts, as WarpCounts::stride in include/deep_ep/phases/place.cuh."""
+    """Bytes in which one warp counts, as WarpCounts::stride in include/deep_ep/phases/count.cuh."""
     return 4 * (num_experts + MAX_RANKS + 32 * MAX_RANKS)
 
 
-def num_place_warps(roles: Roles, num_experts: int, num_ranks: int, shared_limit: int) -> int:
-    """Warps of a dispatch block that find tokens' places: all, or as many as have room for their counts."""
+def num_count_warps(roles: Roles, num_experts: int, num_ranks: int, shared_limit: int) -> int:
+    """Warps of a dispatch block that count tokens: all, or as many as have room for their counts."""
     room = (shared_limit - tables_bytes(num_experts)) // warp_counts_bytes(num_experts)
     return min(roles.num_threads // 32, room)
 

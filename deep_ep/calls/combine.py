@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from deep_ep import layout, plan, validate
-from deep_ep.calls.endpoint import Endpoint, Half, Tensors
+from deep_ep.calls.endpoint import Endpoint, Tensors
 from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing, Rows, pointer
@@ -99,8 +99,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
         endpoint.launch(
             combine_kernel(endpoint.roles, request.returned),
             args,
-            roles=roles,
-            half=Half.BOTH,
+            [plan.CombineDivision(roles.num_send_blocks(endpoint.num_blocks(request.num_sms)))],
             num_sms=request.num_sms,
             shared_bytes=ring.rings_bytes,
             order=order,

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from deep_ep import layout, plan, validate
-from deep_ep.calls.endpoint import Endpoint, Half, Tensors
+from deep_ep.calls.endpoint import Endpoint, Tensors
 from deep_ep.calls.payload import Payload
 from deep_ep.calls.received import Outputs, Routes, Sizes
 from deep_ep.event import CallOrder, EventOverlap, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing, Rows, pointer, set_launch_fields
-from deep_ep.ops.dispatch import DispatchArgs, Layout, Padding, Places, PlacesFrom, Scales, dispatch_kernel
+from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing, Rows, pointer
+from deep_ep.ops.dispatch import DispatchArgs, Layout, Padding, PlacesFrom, Scales, dispatch_kernel
 
 TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 DispatchResult = tuple[TokensOrPair, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]
@@ -169,7 +169,7 @@ class Call:
 
     endpoint: Endpoint
     request: DispatchRequest
-    plan: plan.LaunchPlan
+    launch_plan: plan.LaunchPlan
     order: CallOrder
     weights: torch.Tensor | None  # [T, K], contiguous
     args: DispatchArgs
@@ -192,9 +192,13 @@ class Call:
             stats=pointer(request.stats),
             alignment=request.routing.alignment,
             plan_flags=request.plan_flags,
-            num_place_warps=plan.num_place_warps(roles, num_experts, num_ranks, limit),
+            num_count_warps=plan.num_count_warps(roles, num_experts, num_ranks, limit),
+            send_piece_bytes=launch.send.piece_bytes,
+            send_stage_bytes=launch.send.stage_bytes,
+            receive_piece_bytes=launch.receive.piece_bytes,
+            receive_stage_bytes=launch.receive.stage_bytes,
+            tables_bytes=launch.tables_bytes,
         )
-        set_launch_fields(args, launch)
         return Call(endpoint, request, launch, order, weights, args)
 
     def route(self, topk_idx: torch.Tensor) -> None:
@@ -218,16 +222,25 @@ class Call:
         self.args.received = outputs.argument(sizes, layout, Padding.ZERO if request.zero_padding else Padding.LEAVE)
         return outputs
 
-    def launch(self, half: Half, reads: Tensors, writes: Tensors) -> None:
+    def launches(self) -> tuple[list[plan.Division], list[plan.Division]]:
+        """How blocks are divided: in the launches of a call whose outputs are there, which is one if there are blocks
+        for both halves; and in those of one that has to wait for them, one for each half."""
+        endpoint, request = self.endpoint, self.request
+        num_tokens, num_topk = request.routing.topk_idx.shape
+        traffic = plan.Traffic.of(endpoint.num_ranks, num_topk, request.expand)
+        roles, num_blocks = endpoint.roles.dispatch, endpoint.num_blocks(request.num_sms)
+        halves = roles.halves(num_blocks, num_tokens, traffic)
+        return [roles.division(num_blocks, num_tokens, traffic)] if num_blocks > 1 else halves, halves
+
+    def launch(self, divisions: list[plan.Division], reads: Tensors, writes: Tensors) -> None:
         """``reads``: beside what every launch reads."""
         roles, payload = self.endpoint.roles.dispatch, self.request.payload
         self.endpoint.launch(
             dispatch_kernel(roles, self.request.places_from),
             self.args,
-            roles=roles,
-            half=half,
+            divisions,
             num_sms=self.request.num_sms,
-            shared_bytes=self.plan.shared_bytes,
+            shared_bytes=self.launch_plan.shared_bytes,
             order=self.order,
             reads=(payload.rows, payload.scales, self.weights, *reads),
             writes=(self.request.stats, *writes),
@@ -256,20 +269,19 @@ def _find_routes(call: Call) -> DispatchResult:
         topk_idx = routing.topk_idx.contiguous()
         copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
         kept_idx = torch.empty_like(topk_idx) if copies_idx else topk_idx
-        # Slots and positions: as this rank sent them, then as it keeps them.
-        places = topk_idx.new_empty((4, *topk_idx.shape), dtype=torch.int32)
+        slots = topk_idx.new_empty(topk_idx.shape, dtype=torch.int32)
     call.route(topk_idx)
-    slots, positions, kept_slots, kept_positions = map(pointer, places.unbind())
-    args.sent, args.kept = Places(slots, positions), Places(kept_slots, kept_positions)
+    args.slots = pointer(slots)
     args.kept_idx = pointer(kept_idx) if copies_idx else None
-    found = [places, kept_idx] if copies_idx else [places]
+    found = [slots, kept_idx] if copies_idx else [slots]
+    whole, (sending, receiving) = call.launches()
 
     sizes = Sizes.worst(routing.max_tokens, num_ranks, num_topk, local_experts, routing.alignment)
     aligned_counts: list[int] = []
     with endpoint.breaking_on_error("dispatch"):
         if request.exact_sizes:
             args.host_words = endpoint.expect_counts()
-            call.launch(Half.SEND, [topk_idx], found)
+            call.launch([sending], [topk_idx], found)
             tokens, counts = endpoint.wait_for_counts(local_experts)
             aligned_counts = [layout.align(count, routing.alignment) for count in counts]
             sizes = Sizes(tokens, sum(aligned_counts))
@@ -279,9 +291,10 @@ def _find_routes(call: Call) -> DispatchResult:
         args.received.metadata = pointer(routes.metadata)
         args.counts = routes.argument()
         order.wait_for(request.timing.previous_event_before_epilogue)
-        half = Half.RECEIVE if request.exact_sizes else Half.BOTH
-        call.launch(half, [topk_idx], [*found, *outputs.tensors, *routes.tensors])
-    event = call.end([routing.topk_idx], [topk_idx, kept_idx, places, *outputs.tensors, *routes.tensors])
+        call.launch(
+            [receiving] if request.exact_sizes else whole, [topk_idx], [*found, *outputs.tensors, *routes.tensors]
+        )
+    event = call.end([routing.topk_idx], [topk_idx, kept_idx, slots, *outputs.tensors, *routes.tensors])
 
     handle = EPHandle(
         do_expand=request.expand,
@@ -297,7 +310,7 @@ def _find_routes(call: Call) -> DispatchResult:
         psum_num_recv_tokens_per_expert=routes.per_expert_end if request.expand else routes.per_expert_aligned,
         num_unaligned_recv_tokens_per_expert=routes.per_expert,
         recv_src_metadata=routes.metadata,
-        dst_buffer_slot_idx=places[0],
+        dst_buffer_slot_idx=slots,
         per_expert_aligned=routes.per_expert_aligned,
         per_expert_end=routes.per_expert_end,
         group_ranks=endpoint.group_ranks,
@@ -311,14 +324,14 @@ def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
     endpoint, args, routes = call.endpoint, call.args, Routes.of(handle)
     slots = handle.dst_buffer_slot_idx
     call.route(handle.topk_idx)
-    args.sent = args.kept = Places(slots=pointer(slots))
+    args.slots = pointer(slots)
     reads = [handle.topk_idx, slots, *routes.tensors]
     with endpoint.breaking_on_error("dispatch"):
         outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
         args.received.known_metadata = pointer(routes.metadata)
         args.counts = routes.argument()
         call.order.wait_for(call.request.timing.previous_event_before_epilogue)
-        call.launch(Half.BOTH, reads, outputs.tensors)
+        call.launch(call.launches()[0], reads, outputs.tensors)
     event = call.end(reads, outputs.tensors)
     handle.turn_to(call.request.expand)
     return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,14 +29,6 @@ HOST_COUNTS = 2  # host words before the experts' counts: ready, rows
 BROKEN_SECONDS = 5.0  # how long ranks whose buffer is broken wait for each other before they give their memory back
 
 Tensors = Sequence[torch.Tensor | None]
-
-
-class Half(enum.Enum):
-    """What a launch does of a call."""
-
-    SEND = enum.auto()
-    RECEIVE = enum.auto()
-    BOTH = enum.auto()
 
 
 class Endpoint:
@@ -283,6 +274,10 @@ class Endpoint:
             validate.is_count("num_sms", num_sms, 1, most, "this device has no more")
         return num_sms
 
+    def num_blocks(self, num_sms: int) -> int:
+        """Of a launch: a block an SM, while there are any."""
+        return min(num_sms, self.machine.num_sms)
+
     def order(self, timing: Timing) -> CallOrder:
         """The place of a call that starts now: after the one before it, whatever streams the two run on."""
         keep = self.environment.avoid_record_stream
@@ -294,28 +289,29 @@ class Endpoint:
         self,
         kernel: jit.Kernel,
         args: Any,
+        divisions: Sequence[plan.Division | plan.CombineDivision],
         *,
-        roles: plan.Roles | plan.CombineRoles,
-        half: Half,
         num_sms: int,
         shared_bytes: int,
         order: CallOrder,
         reads: Tensors,
         writes: Tensors,
     ) -> None:
-        """Launch a call, or a half of it, on ``num_sms`` blocks. Sets the argument ``num_send_blocks``."""
-        num_blocks = min(num_sms, self.machine.num_sms)
-        for args.num_send_blocks in num_send_blocks_of_launches(roles, half, num_blocks):
+        """Launch a call, or a half of it, on ``num_sms`` blocks, once for each division. A division's fields are
+        arguments too."""
+        for division in divisions:
+            for name, value in vars(division).items():
+                setattr(args, name, value)
             self._has_launched = True
             self.machine.launch(
                 kernel,
                 args,
-                num_blocks=num_blocks,
+                num_blocks=self.num_blocks(num_sms),
                 shared_bytes=shared_bytes,
                 stream=order.stream,
                 reads=[tensor for tensor in reads if tensor is not None],
                 writes=[tensor for tensor in writes if tensor is not None],
-                meets_peers=args.num_send_blocks > 0,
+                meets_peers=division.num_send_blocks > 0,
             )
 
     # Counts that come before the tokens
@@ -337,12 +333,3 @@ class Endpoint:
         while words[0] == 0:
             self._go_on_waiting(watch, what)
         return words
-
-
-def num_send_blocks_of_launches(roles: plan.Roles | plan.CombineRoles, half: Half, num_blocks: int) -> list[int]:
-    """How many of a launch's blocks send, for each launch that the work takes."""
-    if half is Half.SEND:
-        return [num_blocks]
-    if half is Half.RECEIVE:
-        return [0]
-    return roles.send_blocks_of_launches(num_blocks)

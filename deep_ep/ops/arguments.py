@@ -8,12 +8,10 @@ from __future__ import annotations
 import ctypes
 import enum
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from deep_ep.layout import MAX_RANKS, Record, WindowLayout, message_words
-from deep_ep.plan import LaunchPlan
 
 
 class Window(ctypes.Structure):
@@ -26,6 +24,7 @@ class Window(ctypes.Structure):
         ("partials", ctypes.c_uint64),
         ("messages", ctypes.c_uint64),
         ("arrived", ctypes.c_uint64),
+        ("routed", ctypes.c_uint64),
         ("rows", ctypes.c_uint64),
     ]
 
@@ -40,6 +39,7 @@ class Window(ctypes.Structure):
             partials=layout["partials"].offset,
             messages=layout["messages"].offset,
             arrived=layout["arrived"].offset,
+            routed=layout["routed"].offset,
             rows=layout["rows"].offset,
         )
 
@@ -91,11 +91,11 @@ class Routing(ctypes.Structure):
 
 
 class RecordShape(ctypes.Structure):
-    _fields_ = [("row_bytes", ctypes.c_int32), ("tail_bytes", ctypes.c_int32)]
+    _fields_ = [("row_bytes", ctypes.c_int32), ("tail_bytes", ctypes.c_int32), ("label_bytes", ctypes.c_int32)]
 
     @staticmethod
     def of(record: Record) -> RecordShape:
-        return RecordShape(record.row_bytes, record.tail_bytes)
+        return RecordShape(record.row_bytes, record.tail_bytes, record.label_bytes)
 
 
 class Rows(ctypes.Structure):
@@ -118,23 +118,3 @@ class PlanFlag(enum.IntFlag):
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """What an argument holds for an optional tensor."""
     return None if tensor is None else tensor.data_ptr()
-
-
-# The last fields of a kernel that sends and receives: how a launch divides its blocks and cuts its rows.
-LAUNCH_FIELDS = [
-    ("num_send_blocks", ctypes.c_int32),
-    ("send_piece_bytes", ctypes.c_int32),
-    ("send_stage_bytes", ctypes.c_int32),
-    ("receive_piece_bytes", ctypes.c_int32),
-    ("receive_stage_bytes", ctypes.c_int32),
-    ("tables_bytes", ctypes.c_int32),
-]
-
-
-def set_launch_fields(args: Any, launch: LaunchPlan) -> None:
-    """Fill in LAUNCH_FIELDS from a plan, all but ``num_send_blocks``."""
-    args.send_piece_bytes = launch.send.piece_bytes
-    args.send_stage_bytes = launch.send.stage_bytes
-    args.receive_piece_bytes = launch.receive.piece_bytes
-    args.receive_stage_bytes = launch.receive.stage_bytes
-    args.tables_bytes = launch.tables_bytes

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from deep_ep.jit import Kernel
-from deep_ep.ops.arguments import LAUNCH_FIELDS, Patience, RecordShape, Routing, Rows, Window
+from deep_ep.ops.arguments import Patience, RecordShape, Routing, Rows, Window
 from deep_ep.plan import Roles
+
+WORD_BYTES = 4  # of a scale factor
+COPIED = 16  # bytes, of which the copy engine moves whole ones
 
 
 class PlacesFrom(enum.Enum):
@@ -34,16 +37,19 @@ class DispatchConfig:
 class Scales(ctypes.Structure):
     _fields_ = [
         ("words", ctypes.c_void_p),
-        ("token_stride", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
         ("stride", ctypes.c_int64),
         ("count", ctypes.c_int32),
+        ("in_rows", ctypes.c_int32),
     ]
 
     @staticmethod
     def of(scales: torch.Tensor | None) -> Scales:
         if scales is None:
             return Scales()
-        return Scales(scales.data_ptr(), scales.stride(0), scales.stride(1), scales.shape[1])
+        address, (row_stride, stride), count = scales.data_ptr(), scales.stride(), scales.shape[1]
+        aligned = not (address % COPIED or WORD_BYTES * row_stride % COPIED or WORD_BYTES * count % COPIED)
+        return Scales(address, row_stride, stride, count, in_rows=aligned and (stride == 1 or count == 1))
 
 
 class Layout(enum.IntEnum):
@@ -81,10 +87,6 @@ class Counts(ctypes.Structure):
     ]
 
 
-class Places(ctypes.Structure):
-    _fields_ = [("slots", ctypes.c_void_p), ("positions", ctypes.c_void_p)]
-
-
 class DispatchArgs(ctypes.Structure):
     _fields_ = [
         ("window", Window),
@@ -94,8 +96,7 @@ class DispatchArgs(ctypes.Structure):
         ("rows", Rows),
         ("weights", ctypes.c_void_p),
         ("scales", Scales),
-        ("sent", Places),
-        ("kept", Places),
+        ("slots", ctypes.c_void_p),
         ("received", Received),
         ("counts", Counts),
         ("kept_idx", ctypes.c_void_p),
@@ -103,13 +104,19 @@ class DispatchArgs(ctypes.Structure):
         ("host_words", ctypes.c_void_p),
         ("alignment", ctypes.c_int32),
         ("plan_flags", ctypes.c_int32),
-        ("num_place_warps", ctypes.c_int32),
-        *LAUNCH_FIELDS,
+        ("num_count_warps", ctypes.c_int32),
+        ("first_count_block", ctypes.c_int32),
+        ("num_send_blocks", ctypes.c_int32),
+        ("send_piece_bytes", ctypes.c_int32),
+        ("send_stage_bytes", ctypes.c_int32),
+        ("receive_piece_bytes", ctypes.c_int32),
+        ("receive_stage_bytes", ctypes.c_int32),
+        ("tables_bytes", ctypes.c_int32),
     ]
 
 
 def dispatch_kernel(roles: Roles, places_from: PlacesFrom) -> Kernel:
-    """One kernel for all sizes; a launch's ``num_send_blocks`` says what it does."""
+    """One kernel for all sizes; a launch's division (deep_ep/plan.py) says what its blocks do."""
     send, receive = roles.send, roles.receive
     config = DispatchConfig(
         num_send_warps=send.num_warps,

@@ -19,7 +19,7 @@ PHASES = {
     3: "collect: for rank {peer} to say how many tokens it sends",
     4: "copy_out: for a token of rank {peer}",
     5: "reduce: for a partial result of rank {peer}",
-    6: "settle: for another block of its own to place its tokens",
+    6: "label: for rank {peer} to say which tokens come",
     7: "agree: for rank {peer} to make the same call",
 }
 

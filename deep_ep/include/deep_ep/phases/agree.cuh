@@ -10,6 +10,7 @@
 // do so before it is admitted: the words of odd and of even epochs lie apart, and who has left the operation before has
 // heard from all ranks there, so nobody listens to the one before that any more.
 
+#include <deep_ep/phases/tables.cuh>
 #include <deep_ep/wire/integers.cuh>
 #include <deep_ep/wire/message.cuh>
 #include <deep_ep/wire/phase.cuh>
@@ -50,7 +51,7 @@ EP_DEVICE bool agree(const Window& window, uint32_t epoch, const Plan& plan, con
       came = await_word(at, epoch, patience, phase::kAgree, source, said);
     }
     const uint32_t theirs = static_cast<uint32_t>(said);
-    const uint32_t differing = device::ballot(came && theirs != mine);
+    const uint32_t differing = device::ballot(came && theirs != mine && item != kTokensItem);
     if (differing != 0 && lane == lowest_bit(differing)) {
       const uint32_t where = phase::kDiffer | static_cast<uint32_t>(item) << phase::kItemShift;
       device::fault(patience, {.phase = where, .peer = source, .expected = mine}, theirs);
@@ -58,6 +59,17 @@ EP_DEVICE bool agree(const Window& window, uint32_t epoch, const Plan& plan, con
     all_agree = device::all(came) && differing == 0;
   }
   return all_agree;
+}
+
+// Learns how many tokens each source has. Collective over the block, which takes ok back if a word never came.
+EP_DEVICE void learn_tokens(const Window& window, uint32_t epoch, const device::Patience& patience,
+                            const Tables& tables) {
+  const int source = device::thread_idx();
+  if (source >= window.num_ranks) return;
+  const uint64_t* at = plan_word(window, epoch, window.rank, source, kTokensItem);
+  int tokens = 0;
+  if (!await_word(at, epoch, patience, phase::kAgree, source, tokens)) device::store_relaxed_gpu(tables.ok, 0);
+  tables.tokens_of[source] = tokens;
 }
 
 }  // namespace deep_ep

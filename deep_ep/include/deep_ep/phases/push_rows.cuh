@@ -117,7 +117,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
     if (device::elect()) {
       *stage.ticket = {.token = parcel.place + k,
                        .row = parcel.slot,
-                       .source = parcel.owner,
+                       .rank = parcel.owner,
                        .offset = offset,
                        .bytes = row_ends && !empty ? bytes + record.tail_bytes : bytes,
                        .last = last};
@@ -140,12 +140,12 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch,
     const Ticket& ticket = *stage.ticket;
     if (device::elect() && ticket.bytes > 0) {
       char* to = kReturn == Return::kEveryRow
-                     ? returned(window, ticket.source, ticket.token, record.bytes())
-                     : staged(window, ticket.source, window.rank, ticket.row, max_tokens, record.bytes());
+                     ? returned(window, ticket.rank, ticket.token, record.bytes())
+                     : staged(window, ticket.rank, window.rank, ticket.row, max_tokens, record.bytes());
       device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
     }
     ++drained;
-    if (ticket.last) announcer.add(lane == ticket.source ? ticket.row : -1);
+    if (ticket.last) announcer.add(lane == ticket.rank ? ticket.row : -1);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
   announcer.finish();

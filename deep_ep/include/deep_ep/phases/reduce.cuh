@@ -12,7 +12,6 @@
 // of a block, hide what memory takes.
 
 #include <deep_ep/phases/claims.cuh>
-#include <deep_ep/phases/compose.cuh>
 #include <deep_ep/phases/results.cuh>
 #include <deep_ep/phases/sum.cuh>
 #include <deep_ep/wire/integers.cuh>
@@ -66,16 +65,15 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = routing.num_topk;
   const int own_tokens = results.by_owner.begin(window.rank);
-  const TokenTables tables{slots, nullptr, nullptr};
   Claims claims(window, Queue::kReceive);
   int ahead = claims.take();
-  Choice next = load_choice(routing, tables, ahead, routing.num_tokens);
+  Choice next = load_choice(routing, slots, ahead);
   EP_NO_UNROLL
   while (ahead < routing.num_tokens) {
     const int token = ahead;
     const Choice choice = next;
     ahead = claims.take();
-    next = load_choice(routing, tables, ahead, routing.num_tokens);
+    next = load_choice(routing, slots, ahead);
     const Selection selection = select(routing, choice.expert);
     const bool chosen = selection.rank >= 0, own = selection.rank == window.rank;
     const int received = own_tokens + choice.slot;

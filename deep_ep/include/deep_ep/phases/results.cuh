@@ -1,7 +1,7 @@
 #pragma once
 // What combine is given: rows of x in either layout, whose tokens they belong to, and what of them goes home.
 
-#include <deep_ep/phases/scatter.cuh>
+#include <deep_ep/phases/payload.cuh>
 #include <deep_ep/wire/record.cuh>
 
 namespace deep_ep {

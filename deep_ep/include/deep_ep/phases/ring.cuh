@@ -15,7 +15,6 @@
 //   after(pieces)    so many pieces have been drained; the stores of the latest may still be under way.
 
 #include <deep_ep/device/device.cuh>
-#include <deep_ep/limits.cuh>
 
 namespace deep_ep {
 
@@ -23,8 +22,8 @@ enum class Filled { kYes, kNotYet, kNoMore };
 
 // What the warp must remember of a piece between the verbs.
 struct Ticket {
-  int32_t token, row, source, offset, bytes, last, parts, with_tail;
-  int32_t slot[kMaxRanks];  // [r]: where the piece goes at rank r, or -1
+  int32_t token, row, rank, offset, bytes, first, last;
+  uint32_t ranks;  // a mask
 };
 
 struct Stage {

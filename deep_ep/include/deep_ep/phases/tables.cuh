@@ -13,11 +13,12 @@ struct Tables {
   int* expert_total;  // [num_experts]  by all blocks
   int* rank_below;    // [kMaxRanks]    tokens bound for a rank, likewise
   int* rank_total;    // [kMaxRanks]
+  int* tokens_of;     // [kMaxRanks]  what each source dispatches in all
   int* row_base;      // [kMaxRanks + 1]  first row of each source in the plain layout; the last is the number of rows
   int* expert_row;    // [num_experts = sources x local experts]  first expanded row of (source, local expert)
 
   static constexpr int bytes(int num_experts) {
-    const int words = 4 + 3 * num_experts + 3 * kMaxRanks + 4;
+    const int words = 4 + 3 * num_experts + 4 * kMaxRanks + 4;
     return (words * 4 + 127) / 128 * 128;
   }
 
@@ -28,7 +29,8 @@ struct Tables {
     tables.expert_total = tables.expert_below + num_experts;
     tables.rank_below = tables.expert_total + num_experts;
     tables.rank_total = tables.rank_below + kMaxRanks;
-    tables.row_base = tables.rank_total + kMaxRanks;
+    tables.tokens_of = tables.rank_total + kMaxRanks;
+    tables.row_base = tables.tokens_of + kMaxRanks;
     tables.expert_row = tables.row_base + kMaxRanks + 4;
     return tables;
   }

@@ -1,5 +1,6 @@
 #pragma once
-// A launch's blocks form two teams, senders first, then receivers; each divides its work among its own blocks.
+// A launch's blocks form teams: the first ones send, the others receive, and the last of those count first. Each team
+// divides its work among its own blocks.
 
 #include <deep_ep/device/device.cuh>
 
@@ -10,13 +11,12 @@ struct Blocks {
 
   EP_DEVICE int end() const { return first + count; }
   EP_DEVICE int own() const { return device::block_idx() - first; }  // this block's number in its team
+  EP_DEVICE bool has_own() const { return own() >= 0 && own() < count; }
 };
 
 EP_DEVICE bool sends(int num_send_blocks) { return device::block_idx() < num_send_blocks; }
 
-EP_DEVICE Blocks team_of_block(int num_send_blocks) {
-  if (sends(num_send_blocks)) return {0, num_send_blocks};
-  return {num_send_blocks, device::num_blocks() - num_send_blocks};
-}
+// From block `first` to the launch's last.
+EP_DEVICE Blocks blocks_from(int first) { return {first, device::num_blocks() - first}; }
 
 }  // namespace deep_ep

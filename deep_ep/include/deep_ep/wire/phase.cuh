@@ -10,7 +10,7 @@ constexpr uint32_t kLookBack = 2;  // for the counts of this rank's other blocks
 constexpr uint32_t kCollect = 3;   // for a source's message of counts
 constexpr uint32_t kCopyOut = 4;   // for a source's token
 constexpr uint32_t kReduce = 5;    // for a peer's partial result
-constexpr uint32_t kSettle = 6;    // for the places that this rank's other blocks find
+constexpr uint32_t kLabel = 6;     // for a source to say whether a token comes
 constexpr uint32_t kAgree = 7;     // for a source to say what it calls
 
 // No wait: a source called something else. Which word of its plan differs stands above kItemShift.

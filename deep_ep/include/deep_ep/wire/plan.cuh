@@ -1,6 +1,6 @@
 #pragma once
-// What every rank must say alike in one operation. Ranks tell each other the values themselves, so that whoever differs
-// can be told in which; deep_ep/ops/faults.py puts them into words.
+// What every rank says of an operation. All but the last must be alike on all ranks. Ranks tell each other the values
+// themselves, so that whoever differs can be told in which; deep_ep/ops/faults.py puts them into words.
 
 #include <deep_ep/wire/record.cuh>
 #include <deep_ep/wire/routing.cuh>
@@ -21,19 +21,26 @@ constexpr uint32_t kEveryRow = 8;  // combine sends each row of the expanded lay
 
 struct Plan {
   uint32_t what, num_experts, max_tokens, row_bytes, tail_bytes;
+  uint32_t num_tokens;  // of the rank that says it
 
   EP_DEVICE uint32_t word(int item) const {
     if (item == 0) return what;
     if (item == 1) return num_experts;
     if (item == 2) return max_tokens;
-    return item == 3 ? row_bytes : tail_bytes;
+    if (item == 3) return row_bytes;
+    return item == 4 ? tail_bytes : num_tokens;
   }
 };
 
+constexpr int kTokensItem = 5;
+
 EP_DEVICE Plan plan_of(uint32_t operation, uint32_t flags, const Routing& routing, const Record& record) {
   return {operation | flags << 8 | static_cast<uint32_t>(routing.num_topk) << 24,
-          static_cast<uint32_t>(routing.num_experts), static_cast<uint32_t>(routing.max_tokens),
-          static_cast<uint32_t>(record.row_bytes), static_cast<uint32_t>(record.tail_bytes)};
+          static_cast<uint32_t>(routing.num_experts),
+          static_cast<uint32_t>(routing.max_tokens),
+          static_cast<uint32_t>(record.row_bytes),
+          static_cast<uint32_t>(record.tail_bytes),
+          static_cast<uint32_t>(routing.num_tokens)};
 }
 
 }  // namespace deep_ep

@@ -40,6 +40,37 @@ EP_DEVICE Selection select(const Routing& routing, int expert_of_lane) {
   return {rank, rank >= 0 && same >> device::lane_idx() == 1};
 }
 
+// What lane k holds of a token: its selection, and the slot at that expert's rank. Loaded a token ahead, so nobody waits
+// for it.
+struct Choice {
+  int expert = -1, slot = -1;
+};
+
+EP_DEVICE Choice load_choice(const Routing& routing, const int32_t* slots, int token) {
+  const int k = device::lane_idx();
+  if (token >= routing.num_tokens || k >= routing.num_topk) return {};
+  const int64_t entry = int64_t(token) * routing.num_topk + k;
+  return {routing.expert(entry), slots == nullptr ? -1 : slots[entry]};
+}
+
+// The ranks that a token goes to, as a mask. Each lane asks for its own token.
+EP_DEVICE uint32_t ranks_of(const Routing& routing, int token) {
+  constexpr int kTogether = 4;  // loads of a lane that are under way at once
+  const int64_t entry = int64_t(token) * routing.num_topk;
+  uint32_t ranks = 0;
+  EP_NO_UNROLL
+  for (int begin = 0; begin < routing.num_topk; begin += kTogether) {
+    int experts[kTogether];
+    for (int k = 0; k < kTogether; ++k) {
+      experts[k] = begin + k < routing.num_topk ? routing.expert(entry + begin + k) : -1;
+    }
+    for (int k = 0; k < kTogether; ++k) {
+      if (experts[k] >= 0) ranks |= 1u << routing.rank_of(experts[k]);
+    }
+  }
+  return ranks;
+}
+
 // Consecutive tokens of this rank.
 struct Range {
   int begin, end;

@@ -5,12 +5,16 @@
 //   control    epoch, counters, drained marks                  written by this rank and, a word each, by its peers
 //   partials   one word per (block, expert or rank), and one   written and read by this rank's blocks only
 //   messages   one Message per source rank                     written by that source
-//   arrived    one word per (source rank, slot)                written by that source
-//   rows       one record per (source rank, slot)              written by that source; a rank keeps none for itself
+//   arrived    one mark per (source rank, token)               written by that source
+//   routed     one word per (source rank, token)               written by that source, this rank included
+//   rows       dispatch: one record per (source rank, token),  written by that source; a rank keeps none for itself
+//              behind them a label per (source rank, token)    written by that source, this rank included
+//              combine: one record per (holder rank, slot),    written by the rank that had the token
 //              or one per (token, selection) of this rank      written by the rank of the selection's expert
 
 #include <deep_ep/device/device.cuh>
 #include <deep_ep/limits.cuh>
+#include <deep_ep/wire/record.cuh>
 
 namespace deep_ep {
 
@@ -30,16 +34,15 @@ enum class Queue { kSend, kReceive };
 struct Window {
   char* base[kMaxRanks];  // as this rank addresses them
   int32_t rank, num_ranks;
-  int32_t slots_per_source;                    // arrival marks that the region holds for each source
-  int32_t message_words;                       // words of one Message
-  uint64_t partials, messages, arrived, rows;  // offsets in bytes
+  int32_t slots_per_source;                            // arrival marks that the region holds for each source
+  int32_t message_words;                               // words of one Message
+  uint64_t partials, messages, arrived, routed, rows;  // offsets in bytes
 };
 
 EP_DEVICE Control& control(const Window& window, int at) { return *reinterpret_cast<Control*>(window.base[at]); }
 
-// What block `block` of this rank counted, and, last, that it has settled its tokens' places.
-constexpr int kPartialWords = kMaxExperts + kMaxRanks + 1;
-constexpr int kSettledWord = kPartialWords - 1;
+// What block `block` of this rank counted.
+constexpr int kPartialWords = kMaxExperts + kMaxRanks;
 
 EP_DEVICE uint64_t* partials(const Window& window, int block) {
   return reinterpret_cast<uint64_t*>(window.base[window.rank] + window.partials) + block * kPartialWords;
@@ -50,8 +53,15 @@ EP_DEVICE uint64_t* message(const Window& window, int at, int from) {
   return reinterpret_cast<uint64_t*>(window.base[at] + window.messages) + int64_t(from) * window.message_words;
 }
 
+// Dispatch: `slot` is a token's number at its source. Combine: its number among those that its owner sent there.
 EP_DEVICE uint32_t* arrived(const Window& window, int at, int from, int slot) {
   return reinterpret_cast<uint32_t*>(window.base[at] + window.arrived) + int64_t(from) * window.slots_per_source + slot;
+}
+
+// The slot at rank `at` of a token of rank `from`, as a word (word.cuh): its number among those of that rank that come to
+// `at`, or -1. Who has acquired it has the token's label too, if there is one.
+EP_DEVICE uint64_t* routed(const Window& window, int at, int from, int token) {
+  return reinterpret_cast<uint64_t*>(window.base[at] + window.routed) + int64_t(from) * window.slots_per_source + token;
 }
 
 // Record `slot` of those that rank `from` puts at rank `at`. Only peers have a place there, so the own rank is left
@@ -59,6 +69,14 @@ EP_DEVICE uint32_t* arrived(const Window& window, int at, int from, int slot) {
 EP_DEVICE char* staged(const Window& window, int at, int from, int slot, int max_tokens, int record_bytes) {
   const int64_t place = from < at ? from : from - 1;
   return window.base[at] + window.rows + (place * max_tokens + slot) * record_bytes;
+}
+
+// The label of a token of rank `from`, at rank `at`: behind all the records of a dispatch.
+EP_DEVICE Label label(const Window& window, int at, int from, int token, int max_tokens, int num_topk,
+                      const Record& record) {
+  const int64_t records = int64_t(window.num_ranks - 1) * max_tokens * record.bytes();
+  const int64_t labels = (int64_t(from) * max_tokens + token) * record.label_bytes;
+  return {reinterpret_cast<int32_t*>(window.base[at] + window.rows + records + labels), num_topk};
 }
 
 // Record `place` of those that combine brings to rank `at` when every selection has its own: token x num_topk + k. Any
