@@ -12,6 +12,7 @@ from deep_ep.layout import MAX_RANKS, Record, align
 
 TICKET_BYTES = 32  # what a ring remembers of a piece (include/deep_ep/phases/ring.cuh)
 MBARRIER_BYTES = 8
+MAILBOX_BYTES = 160  # what a sending warp hands to its herald (include/deep_ep/phases/announce.cuh)
 PIECE_ALIGNMENT = 128  # bytes; whole lines of memory and of the link
 
 
@@ -47,7 +48,7 @@ class Roles:
 
     @property
     def num_threads(self) -> int:
-        return 32 * max(self.send.num_warps, self.receive.num_warps)
+        return 32 * max(2 * self.send.num_warps, self.receive.num_warps)  # a herald for each sending warp
 
     def num_send_blocks(self, num_blocks: int, traffic: Traffic) -> int:
         """Blocks are divided as the bytes that they write. At least one sends and one receives."""
@@ -96,7 +97,7 @@ class CombineRoles:
 
     send: Crew
     num_warps: int
-    """Of a block, those that send included."""
+    """Of a block, those that send included, and as many that announce what they send."""
     send_share: float
     """Of a launch's blocks, the part that has a crew; in the other blocks all warps add."""
 
@@ -124,15 +125,20 @@ class RolesOfMachine:
 ROLES = {
     "cuda": RolesOfMachine(
         dispatch=Roles(send=Crew(9, 3, 1), receive=Crew(14, 2, 1), send_cost=1.43, tokens_per_counter=256),
-        combine=CombineRoles(send=Crew(3, 4, 1), num_warps=20, send_share=1.0),
-        combine_sums=CombineRoles(send=Crew(7, 2, 1), num_warps=16, send_share=1.0),
+        combine=CombineRoles(send=Crew(3, 4, 1), num_warps=23, send_share=1.0),
+        combine_sums=CombineRoles(send=Crew(5, 2, 1), num_warps=16, send_share=1.0),
     ),
     "simulated": RolesOfMachine(
         dispatch=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_cost=1.43, tokens_per_counter=8),
-        combine=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
+        combine=CombineRoles(send=Crew(1, 3, 2), num_warps=4, send_share=1.0),
         combine_sums=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
     ),
 }
+
+
+def mailboxes_bytes(crew: Crew) -> int:
+    """Bytes of a sending block's mailboxes, as Mailbox::bytes in include/deep_ep/phases/announce.cuh."""
+    return align(crew.num_warps * MAILBOX_BYTES, 128)
 
 
 def tables_bytes(num_experts: int) -> int:
@@ -179,7 +185,7 @@ def ring(crew: Crew, memory: int, row_bytes: int, tail_bytes: int) -> Ring:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """Shared memory of a launch, in bytes: tables first, then the rings of the block's crew."""
+    """Shared memory of a launch, in bytes: tables and mailboxes first, then the rings of the block's crew."""
 
     send: Ring
     receive: Ring
@@ -189,7 +195,7 @@ class LaunchPlan:
 
 def plan_dispatch(roles: Roles, record: Record, num_experts: int, num_ranks: int, shared_limit: int) -> LaunchPlan:
     """The plan of a dispatch launch on a machine whose blocks have ``shared_limit`` bytes."""
-    tables = tables_bytes(num_experts)
+    tables = tables_bytes(num_experts) + mailboxes_bytes(roles.send)
     send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
     beside = record.tail_bytes + record.label_bytes
     receive = ring(roles.receive, shared_limit - tables, record.row_bytes, beside)
@@ -205,13 +211,14 @@ def warp_counts_bytes(num_experts: int) -> int:
 
 def num_count_warps(roles: Roles, num_experts: int, num_ranks: int, shared_limit: int) -> int:
     """Warps of a dispatch block that count tokens: all, or as many as have room for their counts."""
-    room = (shared_limit - tables_bytes(num_experts)) // warp_counts_bytes(num_experts)
+    room = (shared_limit - tables_bytes(num_experts) - mailboxes_bytes(roles.send)) // warp_counts_bytes(num_experts)
     return min(roles.num_threads // 32, room)
 
 
 def plan_combine(roles: CombineRoles, record: Record, shared_limit: int) -> Ring:
-    """How a combine launch cuts its rows. Its shared memory holds the rings of the senders and nothing else."""
-    return ring(roles.send, shared_limit, record.row_bytes, record.tail_bytes)
+    """How a combine launch cuts its rows. Its shared memory holds mailboxes, and then the rings of the senders."""
+    memory = shared_limit - mailboxes_bytes(roles.send)
+    return ring(roles.send, memory, record.row_bytes, record.tail_bytes)
 
 
 def expanded_rows_at_most(max_tokens: int, num_ranks: int, num_topk: int, local_experts: int, alignment: int) -> int:

@@ -101,7 +101,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
             args,
             [plan.CombineDivision(roles.num_send_blocks(endpoint.num_blocks(request.num_sms)))],
             num_sms=request.num_sms,
-            shared_bytes=ring.rings_bytes,
+            shared_bytes=plan.mailboxes_bytes(roles.send) + ring.rings_bytes,
             order=order,
             reads=reads,
             writes=writes,

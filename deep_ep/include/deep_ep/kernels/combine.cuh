@@ -2,8 +2,9 @@
 // Combine inside one NVLink domain: every token's results come home and are added, in one order everywhere.
 //
 // The first warps of a launch's sending blocks push the rows of other ranks' tokens to their owners' staging regions.
-// All other warps add the parts of this rank's tokens as they arrive; its own part comes straight from x. A few warps
-// with deep rings fill the link; adding takes no shared memory, so both fit into one block.
+// As many more announce what has been sent. All other warps add the parts of this rank's tokens as they arrive; its own
+// part comes straight from x. A few warps with deep rings fill the link; adding takes no shared memory, so all fit into
+// one block.
 //
 // Rows of the expanded layout are added on the rank that has them before they travel, or travel one by one: a kernel is
 // compiled for one way to return (results.cuh).
@@ -38,25 +39,33 @@ struct CombineArgs {
 };
 
 template <CombineConfig C>
-EP_DEVICE void send(const CombineArgs& a, uint32_t epoch) {
-  if (!admit_warp(a.window, epoch, a.patience)) return;
+EP_DEVICE void send(const CombineArgs& a, uint32_t epoch, Mailbox& box) {
   const int warp = device::warp_idx();
+  if (!admit_warp(a.window, epoch, a.patience)) return Announcer(a.window, box).finish();
   using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
-  const SendRing ring = SendRing::at(device::shared_memory<char>(), warp, C.num_send_warps, a.stage_bytes);
-  push_rows<C.returned>(ring, a.window, epoch, a.results, a.routing.max_tokens, a.piece_bytes);
+  char* rings = device::shared_memory<char>(Mailbox::bytes(C.num_send_warps));
+  const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.stage_bytes);
+  push_rows<C.returned>(ring, a.window, a.results, a.routing.max_tokens, a.piece_bytes, box);
 }
 
 template <CombineConfig C>
 EP_DEVICE void combine(const CombineArgs& a) {
-  static_assert(C.num_send_warps < C.num_warps, "where every block sends, its other warps add");
+  static_assert(2 * C.num_send_warps < C.num_warps, "where every block sends, some of its other warps add");
   const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
   const Plan plan = plan_of(kCombine, a.plan_flags, a.routing, a.results.record);
+  const int warp = device::warp_idx();
+  const bool sender = sends(a.num_send_blocks);
+  Mailbox* boxes = device::shared_memory<Mailbox>();
   if (device::block_idx() == 0) propose(a.window, epoch, plan);
-  if (sends(a.num_send_blocks) && device::warp_idx() < C.num_send_warps) {
-    send<C>(a, epoch);
+  if (sender) open_mailboxes(boxes, C.num_send_warps);
+  device::sync_block();
+  if (sender && warp < C.num_send_warps) {
+    send<C>(a, epoch, boxes[warp]);
+  } else if (sender && warp < 2 * C.num_send_warps) {
+    announce(a.window, epoch, boxes[warp - C.num_send_warps]);
   } else {
     // Nothing is indexed by what arrives, so only one warp waits for the answer; the others do its work meanwhile.
-    const bool asks = device::block_idx() == 0 && device::warp_idx() == C.num_warps - 1;
+    const bool asks = device::block_idx() == 0 && warp == C.num_warps - 1;
     if (asks) agree(a.window, epoch, plan, a.patience);
     reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, a.combined);
   }

@@ -57,7 +57,8 @@ struct DispatchArgs {
   int32_t num_count_warps;    // of a counting block: as many as have room for their counts (plan.py)
   int32_t first_count_block;  // it and those behind it count; none, if their number is reached
   int32_t num_send_blocks;    // the others receive
-  int32_t send_piece_bytes, send_stage_bytes, receive_piece_bytes, receive_stage_bytes, tables_bytes;
+  int32_t send_piece_bytes, send_stage_bytes, receive_piece_bytes, receive_stage_bytes;
+  int32_t tables_bytes;  // and mailboxes
 };
 
 // Finds the slots and positions of this rank's tokens and tells all ranks. The team's blocks tell the counts as soon as
@@ -77,9 +78,13 @@ EP_DEVICE bool tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
     device::sync_block();
     sum_over_warps(a.num_count_warps, a.routing.num_experts, counts, tables);
     device::sync_block();
-    share_counts(a.window, epoch, a.routing.num_experts, tables);
-    device::sync_block();
-    look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
+    if (team.count == 1) {
+      look_at_own(a.routing.num_experts, tables);
+    } else {
+      share_counts(a.window, epoch, a.routing.num_experts, tables);
+      device::sync_block();
+      look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
+    }
   }
   device::sync_block();
   const bool all_came = device::load_relaxed_gpu(tables.ok) != 0;  // nobody takes it back before the next sync_block
@@ -103,10 +108,12 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   const Blocks counters = blocks_from(a.first_count_block), receivers = blocks_from(a.num_send_blocks);
   const bool sender = sends(a.num_send_blocks), receiver = !sender, counts = counters.has_own();
   const int experts_per_rank = a.routing.experts_per_rank, warp = device::warp_idx();
+  Mailbox* boxes = device::shared_memory<Mailbox>(Tables::bytes(a.routing.num_experts));
   char* rings = device::shared_memory<char>(a.tables_bytes);
   const auto good = [&] { return device::load_relaxed_gpu(tables.ok) != 0; };
 
   if (device::thread_idx() == 0) device::store_relaxed_gpu(tables.ok, 1);
+  if (sender) open_mailboxes(boxes, C.num_send_warps);
   device::sync_block();
   const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, a.record);
   if (sender && device::block_idx() == 0) propose(a.window, epoch, plan);
@@ -138,7 +145,9 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   if (sender && warp < C.num_send_warps && good()) {
     using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
     const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
-    scatter(ring, a.window, epoch, a.routing, a.rows, a.scales, a.record, a.send_piece_bytes);
+    scatter(ring, a.window, a.routing, a.rows, a.scales, a.record, a.send_piece_bytes, boxes[warp]);
+  } else if (sender && warp < 2 * C.num_send_warps && good()) {
+    announce(a.window, epoch, boxes[warp - C.num_send_warps]);
   }
   if (receiver && good()) {
     if (warp < C.num_receive_warps) {

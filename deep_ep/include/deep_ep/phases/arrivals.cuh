@@ -43,8 +43,9 @@ class Arrivals {
       poll();
       ready = came_ & left_;
       if (ready != 0 || left_ == 0) continue;
+      if (patient) wait_for(lowest_bit(left_));
+      glance();
       if (!patient) return false;
-      wait_for(lowest_bit(left_));
     }
     const int lane = lowest_bit(ready);
     left_ &= ~(1u << lane);
@@ -69,6 +70,7 @@ class Arrivals {
       mine_ = at(ahead_ + device::lane_idx() * step_);
       left_ = device::ballot(mine_.token >= 0);
     }
+    glance();
   }
 
   EP_DEVICE Item at(int item) const {
@@ -79,21 +81,29 @@ class Arrivals {
     return {source, token < tables_.tokens_of[source] ? token : -1, kUnknown};
   }
 
-  EP_DEVICE uint64_t said() const {
-    return device::load_acquire_sys(routed(window_, window_.rank, mine_.source, mine_.token));
-  }
-  EP_DEVICE uint32_t mark() const {
-    return device::load_acquire_sys(arrived(window_, window_.rank, mine_.source, mine_.token));
+  EP_DEVICE uint64_t* word() const { return routed(window_, window_.rank, mine_.source, mine_.token); }
+  EP_DEVICE uint32_t* mark() const { return arrived(window_, window_.rank, mine_.source, mine_.token); }
+  EP_DEVICE bool is_left() const { return left_ >> device::lane_idx() & 1; }
+
+  // Asks for words and marks. The answers are looked at in the next poll, so that nobody waits for them; they order
+  // nothing.
+  EP_DEVICE void glance() {
+    if (!is_left()) return;
+    if (mine_.slot == kUnknown) seen_word_ = device::load_relaxed_sys(word());
+    if (from_ == From::kPeers) seen_mark_ = device::load_relaxed_sys(mark());
   }
 
   EP_DEVICE void poll() {
-    const bool mine = left_ >> device::lane_idx() & 1;
-    if (mine && mine_.slot == kUnknown) {
-      const uint64_t word = said();
-      if (static_cast<uint32_t>(word >> 32) == epoch_) mine_.slot = static_cast<int>(static_cast<uint32_t>(word));
+    const bool knows = is_left() && mine_.slot == kUnknown && static_cast<uint32_t>(seen_word_ >> 32) == epoch_;
+    if (knows) mine_.slot = static_cast<int>(static_cast<uint32_t>(seen_word_));
+    left_ &= ~device::ballot(is_left() && mine_.slot == -1);
+    const bool came = is_left() && mine_.slot >= 0 && (from_ == From::kSelf || seen_mark_ == epoch_);
+    came_ = device::ballot(came);
+    if (came_ == 0) return;
+    if (came) {  // once more, to acquire what they stand for
+      static_cast<void>(device::load_acquire_sys(word()));
+      if (from_ == From::kPeers) static_cast<void>(device::load_acquire_sys(mark()));
     }
-    left_ &= ~device::ballot(mine && mine_.slot == -1);
-    came_ = device::ballot(mine && mine_.slot >= 0 && (from_ == From::kSelf || mark() == epoch_));
     device::fence_async_proxy_global();
     device::sync_warp();
   }
@@ -103,8 +113,10 @@ class Arrivals {
     if (device::lane_idx() == lane) {
       const bool is_unknown = mine_.slot == kUnknown;
       const uint32_t phase = is_unknown ? phase::kLabel : phase::kCopyOut;
-      came = device::wait_until_equals(patience_, {.phase = phase, .peer = mine_.source, .expected = epoch_},
-                                       [&] { return is_unknown ? static_cast<uint32_t>(said() >> 32) : mark(); });
+      came = device::wait_until_equals(patience_, {.phase = phase, .peer = mine_.source, .expected = epoch_}, [&] {
+        if (!is_unknown) return device::load_acquire_sys(mark());
+        return static_cast<uint32_t>(device::load_acquire_sys(word()) >> 32);
+      });
     }
     failed_ = !device::all(came);
   }
@@ -117,6 +129,8 @@ class Arrivals {
   const int step_;
   int items_ = 0, ahead_;  // how many there are; the first that has not been looked at
   Item mine_ = {-1, -1, kUnknown};
+  uint64_t seen_word_ = 0;  // of this lane's item, at the last glance
+  uint32_t seen_mark_ = 0;
   uint32_t left_ = 0, came_ = 0;  // lanes whose item is still to be taken; of those, whose has come
   bool failed_ = false;
 };

@@ -53,6 +53,16 @@ EP_DEVICE bool add_up(const Window& window, uint32_t epoch, const Blocks& team, 
   return true;
 }
 
+// What look_back does for a team of one block, which needs to ask nobody.
+EP_DEVICE void look_at_own(int num_experts, const Tables& tables) {
+  EP_NO_UNROLL
+  for (int i = device::thread_idx(); i < num_experts + kMaxRanks; i += device::num_threads()) {
+    int& below = (i < num_experts ? tables.expert_below + i : tables.rank_below + i - num_experts)[0];
+    (i < num_experts ? tables.expert_total + i : tables.rank_total + i - num_experts)[0] = below;
+    below = 0;
+  }
+}
+
 EP_DEVICE void look_back(const Window& window, uint32_t epoch, const Blocks& team, int num_experts,
                          const device::Patience& patience, const Tables& tables) {
   EP_NO_UNROLL

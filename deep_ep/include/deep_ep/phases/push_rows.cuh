@@ -1,8 +1,8 @@
 #pragma once
 // reads         rows of x that belong to tokens of other ranks, and their weights
-// writes        staged records and arrival marks at those ranks
+// writes        staged records at those ranks
 // waits for     its own bulk stores (admit has let us in)
-// leaves behind at each owner all that a token sends there before its mark (announce.cuh)
+// leaves behind at each owner all that a token sends there, which the herald announces (announce.cuh)
 
 #include <deep_ep/phases/announce.cuh>
 #include <deep_ep/phases/claims.cuh>
@@ -77,13 +77,12 @@ EP_DEVICE Parcel next_parcel(Owed& owed, const Results& results, int max_tokens)
 }
 
 template <Return kReturn, class Ring>
-EP_DEVICE void push_rows(const Ring& ring, const Window& window, uint32_t epoch, const Results& results, int max_tokens,
-                         int piece_bytes) {
-  constexpr int kTokens = 4;  // that share a release
+EP_DEVICE void push_rows(const Ring& ring, const Window& window, const Results& results, int max_tokens,
+                         int piece_bytes, Mailbox& box) {
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = results.num_topk;
   const int num_weights = kReturn == Return::kEveryRow ? 1 : num_topk;
-  Announcer announcer(window, epoch, kTokens);
+  Announcer announcer(window, box);
   Owed owed(window, results.by_owner);
   Parcel parcel, next = next_parcel<kReturn>(owed, results, max_tokens);
   uint32_t left = 0;  // the lanes whose rows are still to be sent; one lane, where one row stands for all

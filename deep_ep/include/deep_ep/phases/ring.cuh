@@ -36,7 +36,7 @@ struct Stage {
 // link.
 template <int kStages, int kStoring>
 struct Ring {
-  static_assert(kStoring >= 1 && kStoring < kStages);
+  static_assert(kStoring >= 0 && kStoring < kStages);
 
   char* data;
   Ticket* tickets;

@@ -1,8 +1,8 @@
 #pragma once
 // reads         x and its scale factors, topk_idx
-// writes        staged records and arrival marks at the peers
+// writes        staged records at the peers
 // waits for     its own bulk stores (admit has let us in)
-// leaves behind at each peer a whole record before its mark (announce.cuh)
+// leaves behind at each peer whole records, which the herald announces (announce.cuh)
 //
 // A row is loaded once and stored once for each peer that it goes to. Its place there is its number among this rank's
 // tokens, so nothing has to be counted first.
@@ -17,11 +17,10 @@
 namespace deep_ep {
 
 template <class Ring>
-EP_DEVICE void scatter(const Ring& ring, const Window& window, uint32_t epoch, const Routing& routing, const Rows& rows,
-                       const Scales& scales, const Record& record, int piece_bytes) {
-  constexpr int kTokens = 8;  // that share a release
+EP_DEVICE void scatter(const Ring& ring, const Window& window, const Routing& routing, const Rows& rows,
+                       const Scales& scales, const Record& record, int piece_bytes, Mailbox& box) {
   const int lane = device::lane_idx();
-  Announcer announcer(window, epoch, kTokens);
+  Announcer announcer(window, box);
   Claims claims(window, Queue::kSend);
   int ahead = -1, token = -1, offset = 0;  // ahead: the token after the one being loaded, if known
   uint32_t ranks = 0;                      // the peers that the token goes to
