@@ -23,6 +23,7 @@ class Crew:
     num_warps: int
     num_stages: int
     num_storing: int
+    """0: the one stage is filled anew when it has been stored."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Roles:
     send: Crew
     receive: Crew
     send_cost: float
-    """SM time of a byte that is sent, over that of a byte that is copied out."""
+    """SM time of a byte that is sent, over that of a byte that is copied out in the plain layout."""
+    expanded_send_cost: float
+    """The same where rows go to several places."""
     tokens_per_counter: int
     """Of a rank's tokens, those that one block counts, while there are blocks."""
 
@@ -52,7 +55,7 @@ class Roles:
 
     def num_send_blocks(self, num_blocks: int, traffic: Traffic) -> int:
         """Blocks are divided as the bytes that they write. At least one sends and one receives."""
-        sent = traffic.sent * self.send_cost
+        sent = traffic.sent * (self.send_cost if traffic.places == 1.0 else self.expanded_send_cost)
         share = sent / (sent + (traffic.sent + traffic.kept) * traffic.places)
         return min(max(1, round(num_blocks * share)), num_blocks - 1)
 
@@ -124,12 +127,24 @@ class RolesOfMachine:
 # A GPU hides latency with many warps and large pieces; the simulator pays for each thread.
 ROLES = {
     "cuda": RolesOfMachine(
-        dispatch=Roles(send=Crew(9, 3, 1), receive=Crew(14, 2, 1), send_cost=1.43, tokens_per_counter=256),
-        combine=CombineRoles(send=Crew(3, 4, 1), num_warps=23, send_share=1.0),
+        dispatch=Roles(
+            send=Crew(9, 3, 1),
+            receive=Crew(28, 1, 0),
+            send_cost=1.25,
+            expanded_send_cost=1.6,
+            tokens_per_counter=256,
+        ),
+        combine=CombineRoles(send=Crew(2, 6, 1), num_warps=20, send_share=1.0),
         combine_sums=CombineRoles(send=Crew(5, 2, 1), num_warps=16, send_share=1.0),
     ),
     "simulated": RolesOfMachine(
-        dispatch=Roles(send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_cost=1.43, tokens_per_counter=8),
+        dispatch=Roles(
+            send=Crew(1, 3, 2),
+            receive=Crew(2, 2, 1),
+            send_cost=1.25,
+            expanded_send_cost=1.6,
+            tokens_per_counter=8,
+        ),
         combine=CombineRoles(send=Crew(1, 3, 2), num_warps=4, send_share=1.0),
         combine_sums=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
     ),

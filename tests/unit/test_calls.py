@@ -17,11 +17,9 @@ import deep_ep
 from deep_ep import ElasticBuffer
 from deep_ep.calls import dispatch as calls_dispatch
 from deep_ep.calls import endpoint
-from deep_ep.calls.endpoint import Half, num_send_blocks_of_launches
 from deep_ep.errors import EPError, EPTimeoutError
 from deep_ep.ops.arguments import FaultRecord
 from deep_ep.ops.faults import READABLE
-from deep_ep.plan import CombineRoles, Crew, Roles
 
 HIDDEN = 64
 
@@ -124,29 +122,6 @@ def dispatch(buffer: ElasticBuffer, **changes: Any) -> deep_ep.EPHandle:
     idx = torch.zeros(3, 1, dtype=deep_ep.topk_idx_t)
     x = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
     return buffer.dispatch(x, topk_idx=idx, num_experts=4, **changes)[3]
-
-
-@pytest.mark.parametrize(
-    ("half", "num_blocks", "expected"),
-    [
-        (Half.SEND, 8, [8]),
-        (Half.RECEIVE, 8, [0]),
-        (Half.BOTH, 8, [3]),
-        (Half.BOTH, 2, [1]),
-        (Half.BOTH, 1, [1, 0]),  # one launch after the other
-        (Half.SEND, 1, [1]),
-    ],
-)
-def test_launches(half: Half, num_blocks: int, expected: list[int]) -> None:
-    roles = Roles(send=Crew(1, 2, 1), receive=Crew(1, 2, 1), send_share=0.4)
-    assert num_send_blocks_of_launches(roles, half, num_blocks) == expected
-
-
-@pytest.mark.parametrize(("num_blocks", "expected"), [(1, 1), (2, 1), (8, 3)])
-def test_launches_of_combine(num_blocks: int, expected: int) -> None:
-    """One, however few blocks there are: every block adds."""
-    roles = CombineRoles(send=Crew(1, 2, 1), num_warps=2, send_share=0.4)
-    assert num_send_blocks_of_launches(roles, Half.BOTH, num_blocks) == [expected]
 
 
 def test_kernels_are_ready_before_the_first_collective_step(machine: FakeMachine, buffer: ElasticBuffer) -> None:

@@ -29,7 +29,14 @@ def test_align(value: int, alignment: int) -> None:
 @given(num_ranks=RANKS, pages=st.integers(8, 4096))
 def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int) -> None:
     window = window_layout(num_ranks, pages * PAGE)
-    assert [region.name for region in window.regions] == ["control", "partials", "messages", "arrived", "rows"]
+    assert [region.name for region in window.regions] == [
+        "control",
+        "partials",
+        "messages",
+        "arrived",
+        "routed",
+        "rows",
+    ]
     for region in window.regions:
         assert region.offset % layout.REGION_ALIGNMENT == 0
         assert region.num_bytes > 0
@@ -45,9 +52,10 @@ def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int) -> No
 def test_regions_hold_what_kernels_index(num_ranks: int, pages: int) -> None:
     """The largest index of include/deep_ep/wire/window.cuh in each region."""
     window = window_layout(num_ranks, pages * PAGE)
-    assert window["partials"].num_bytes >= 8 * layout.MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS + 1)
+    assert window["partials"].num_bytes >= 8 * layout.MAX_BLOCKS * (MAX_EXPERTS + MAX_RANKS)
     assert window["messages"].num_bytes >= 8 * num_ranks * layout.message_words(num_ranks)
     assert window["arrived"].num_bytes >= 4 * num_ranks * window.slots_per_source
+    assert window["routed"].num_bytes >= 8 * num_ranks * window.slots_per_source
     assert layout.message_words(num_ranks) >= 1 + 2 * layout.PLAN_WORDS + MAX_EXPERTS // num_ranks
 
 
@@ -107,8 +115,9 @@ def test_a_usual_size() -> None:
 @given(row_bytes=st.integers(1, 2048).map(lambda n: 16 * n), num_topk=TOPK, num_scales=st.integers(0, 512))
 def test_records(row_bytes: int, num_topk: int, num_scales: int) -> None:
     sent, back = Record.of_dispatch(row_bytes, num_topk, num_scales), Record.of_combine(row_bytes, num_topk)
-    # Token and padding; expert, position and weight of each selection; scale factors.
-    assert sent.tail_bytes >= 4 * (4 + 3 * num_topk + num_scales)
+    assert sent.tail_bytes >= 4 * num_scales
+    assert sent.label_bytes >= 4 * 3 * num_topk, "expert, position and weight of each selection"
+    assert sent.label_bytes % layout.SECTOR_BYTES == 0
     assert back.tail_bytes >= 4 * num_topk
     for record in (sent, back):
         assert record.tail_bytes % layout.SECTOR_BYTES == 0

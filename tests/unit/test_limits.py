@@ -49,6 +49,8 @@ static_assert(sizeof(device::FaultRecord) == {ctypes.sizeof(FaultRecord)});
 
 static_assert(sizeof(Ticket) == {plan.TICKET_BYTES});
 static_assert(sizeof(device::Mbarrier) == {plan.MBARRIER_BYTES});
+static_assert(sizeof(Mailbox) == {plan.MAILBOX_BYTES});
+static_assert(Mailbox::bytes(9) == {plan.mailboxes_bytes(Crew(9, 3, 1))});
 {chr(10).join(f"static_assert(Tables::bytes({e}) == {plan.tables_bytes(e)});" for e in TABLES)}
 {chr(10).join(sorted(map(ring_asserts, CREWS)))}
 }}  // namespace deep_ep
