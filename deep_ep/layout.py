@@ -149,8 +149,8 @@ def window_bytes(
 ) -> int:
     """The smallest window, in bytes, for dispatches and combines of these sizes.
 
-    Combine returns bfloat16 rows whatever dispatch sent, and no record is larger than that of a bfloat16 dispatch: FP8
-    rows are half as long, and their scale factors (one for every 128 values) far from the other half.
+    Combine returns bfloat16 rows whatever dispatch sent, so FP8 takes no less: its rows are half as long, and their scale
+    factors (one for every 128 values) far from the other half.
 
     Args:
         num_topk: selections of a token; 0 stands for "unknown", the largest.
@@ -165,7 +165,8 @@ def window_bytes(
             num_ranks * message_words(num_ranks) * WORD_BYTES,
         )
     )
-    rows = staged_bytes(num_ranks, num_max_tokens, Record.of_dispatch(row_bytes, most_selections))
+    records = (Record.of_dispatch(row_bytes, most_selections), Record.of_combine(row_bytes, most_selections))
+    rows = max(staged_bytes(num_ranks, num_max_tokens, record) for record in records)
     if not allow_multiple_reduction:
         every_row = staged_bytes(num_ranks, num_max_tokens, Record.of_combine(row_bytes, 1), most_selections)
         rows = max(rows, every_row)

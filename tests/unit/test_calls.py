@@ -200,7 +200,7 @@ def test_known_routes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
     x = torch.zeros(3, 2 * HIDDEN, dtype=torch.bfloat16)[:, :HIDDEN]
     plain, idx, weights, same, _ = buffer.dispatch(x, handle=handle)
     assert (plain.shape, idx.shape, weights, same is handle) == ((3, HIDDEN), (3, 1), None, True)
-    assert machine.launches == [("dispatch", 4, 2)], "num_sms=0 is the analytic choice"
+    assert machine.launches == [("dispatch", 4, 1)], "num_sms=0 is the analytic choice"
     expanded, idx, weights, _, _ = buffer.dispatch(x, handle=handle, topk_weights=torch.ones(3, 1), do_expand=True)
     assert (expanded.shape, idx, weights.shape) == ((16, HIDDEN), None, (16,))
     assert handle.do_expand
