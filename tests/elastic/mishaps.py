@@ -133,8 +133,12 @@ def a_rank_that_comes_a_little_late(job: Job) -> None:
         time.sleep(LIMIT_SECONDS / 2)
     recv_x, _, _, handle, _ = job.dispatch()
     job.buffer.combine(recv_x, handle)
-    if job.device.type == "cuda":
-        job.buffer.barrier(with_cpu_sync=True)
+    dist.barrier(job.group)
+    start = time.monotonic()
+    if job.is_odd:
+        time.sleep(LIMIT_SECONDS / 4)
+    job.buffer.barrier(with_cpu_sync=True)
+    assert time.monotonic() - start > 0.9 * LIMIT_SECONDS / 4, "nobody leaves a barrier before all have come"
     if job.group.rank() == 0:  # who hosts simulated ranks speaks for all of them
         assert [line for line in job.log.lines if f"for rank {ODD} " in line], job.log.lines
 
