@@ -23,11 +23,9 @@ LINE_BYTES = 128  # of memory and of the link
 SECTOR_BYTES = 32  # what memory writes at least
 WORD_BYTES = 8  # value and epoch
 MARK_BYTES = 4
-PLAN_WORDS = 6  # what a source says that it calls
+PLAN_WORDS = 7  # what a source says that it calls
 PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS  # of a block: what it counted
-ARRIVED_SHARE = (
-    128  # one part in so many of a window holds arrival marks, whatever the tokens will be; two hold routed words
-)
+ARRIVED_SHARE = 128  # one part in so many of a window holds arrival marks, whatever the tokens; two hold routed words
 
 
 def align(value: int, alignment: int) -> int:
@@ -149,7 +147,7 @@ def window_bytes(
 ) -> int:
     """The smallest window, in bytes, for dispatches and combines of these sizes.
 
-    Combine returns bfloat16 rows whatever dispatch sent, so FP8 takes no less: its rows are half as long, and their scale
+    Combine returns bfloat16 rows whatever dispatch sent, and FP8 takes less: its rows are half as long, and their scale
     factors (one for every 128 values) far from the other half.
 
     Args:
