@@ -144,9 +144,15 @@ class Endpoint:
 
         Raises:
             EPTimeoutError: the last call has failed and nobody had asked yet; the memory has been given back.
+            EPError: a CUDA graph is being captured; nothing has happened.
         """
         if self.closed:
             return
+        if self.machine.current_capture():
+            raise EPError(
+                "a deep_ep buffer cannot be destroyed inside a CUDA graph capture: the host cannot wait there; do it "
+                "after the capture, when the graph is not needed any more"
+            )
         self.closed = True
         try:
             if self.machine.comm_stream is not None:
@@ -181,6 +187,13 @@ class Endpoint:
         """Raise ValueError with ``message`` inside a CUDA graph capture."""
         if self.machine.current_capture():
             raise ValueError(message)
+
+    def looks_at_selections(self) -> bool:
+        """Whether this is the validating mode, and not a capture: looking waits for the device."""
+        if self.environment.buffer_debug and self.machine.current_capture():
+            logger.warning("rank %d: EP_BUFFER_DEBUG does not look at topk_idx inside a CUDA graph capture", self.rank)
+            return False
+        return self.environment.buffer_debug
 
     @contextlib.contextmanager
     def breaking_on_error(self, call: str) -> Iterator[None]:
