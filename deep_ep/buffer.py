@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import layout, plan, validate
-from deep_ep.calls.combine import CombineResult, check_combine, run_combine
-from deep_ep.calls.dispatch import Asked, DispatchResult, TokensOrPair, check_dispatch, run_dispatch
+from deep_ep.calls.agreement import Settings
+from deep_ep.calls.combine import AskedCombine, CombineResult, check_combine, run_combine
+from deep_ep.calls.dispatch import AskedDispatch, DispatchResult, TokensOrPair, check_dispatch, run_dispatch
 from deep_ep.calls.endpoint import Endpoint
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.handle import EPHandle
@@ -112,7 +113,8 @@ class ElasticBuffer:
         self.num_allocated_qps = num_allocated_qps
         cpu_timeout = validate.is_timeout("num_cpu_timeout_secs", num_cpu_timeout_secs)
         gpu_timeout = validate.is_timeout("num_gpu_timeout_secs", num_gpu_timeout_secs)
-        self._endpoint = Endpoint(group, num_bytes, cpu_timeout, gpu_timeout)
+        settings_of_all = Settings(num_bytes, num_max_tokens_per_rank, allow_multiple_reduction)
+        self._endpoint = Endpoint(group, settings_of_all, cpu_timeout, gpu_timeout)
         # What operators of torch know a buffer by, and tracers can read (autograd.py).
         self._key = next(_KEYS)
         _BUFFERS[self._key] = self
@@ -261,7 +263,7 @@ class ElasticBuffer:
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
-        asked = Asked(
+        asked = AskedDispatch(
             x=x,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
@@ -322,8 +324,8 @@ class ElasticBuffer:
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
-        reduces = self.allow_multiple_reduction
-        request = check_combine(endpoint, x, handle, topk_weights, bias, num_sms, timing, reduces)
+        asked = AskedCombine(x, handle, topk_weights, bias, num_sms, timing, self.allow_multiple_reduction)
+        request = check_combine(endpoint, asked)
         with endpoint.named("combine"):
             return run_combine(endpoint, request)
 

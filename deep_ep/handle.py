@@ -45,6 +45,8 @@ class EPHandle:
     per_expert_aligned: torch.Tensor = field(repr=False)
     per_expert_end: torch.Tensor = field(repr=False)
     """[L] int32: psum_num_recv_tokens_per_expert of the plain and of the expanded layout."""
+    number: torch.Tensor = field(repr=False)
+    """[1] int32: which call of which buffer made it. Ranks compare it, so that all use the handle of one dispatch."""
     group_ranks: tuple[int, ...] = field(repr=False)
     """Global ranks of the group; a buffer of another group refuses the handle."""
     rank: int = field(repr=False)

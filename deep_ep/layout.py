@@ -23,7 +23,7 @@ LINE_BYTES = 128  # of memory and of the link
 SECTOR_BYTES = 32  # what memory writes at least
 WORD_BYTES = 8  # value and epoch
 MARK_BYTES = 4
-PLAN_WORDS = 5  # what a source says that it calls
+PLAN_WORDS = 6  # what a source says that it calls
 PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS + 1  # of a block: what it counted, and that it has settled places
 ARRIVED_SHARE = 64  # one part in so many of a window holds arrival marks, whatever the tokens will be
 

@@ -34,6 +34,7 @@ class Case:
     options: Options | None = None  # of the dispatch; None: a plain one of bfloat16 rows
     again: tuple[Options, ...] = ()  # of dispatches with the first one's handle, before the combine
     combining: combines.Options = combines.PLAIN
+    barrier: bool = False  # between its calls and the combine
 
     @property
     def first(self) -> Options:
@@ -65,7 +66,8 @@ class Case:
             Options.draw(r, 8 * r.randint(1, 64), with_weights=r.random() < 0.5, longest=longest)
             for _ in range(r.choice([0, 0, 1, 1, 2]))
         ]
-        return replace(case, options=first, again=tuple(again), combining=combines.Options.draw(r))
+        combining = combines.Options.draw(r)
+        return replace(case, options=first, again=tuple(again), combining=combining, barrier=r.random() < 0.2)
 
 
 class Trip:
@@ -114,6 +116,8 @@ class Trip:
             self._dispatch_again(each, idx, buffer, device, expanded if each.do_expand else allocated)
             for idx, each in enumerate(case.again)
         ]
+        if case.barrier:
+            buffer.barrier(use_comm_stream=case.seed % 2 == 0, with_cpu_sync=case.seed % 3 == 0)
         self.combine = Combine(
             case.combining,
             case.seed,

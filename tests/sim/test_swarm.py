@@ -48,6 +48,7 @@ def test_the_draw_covers_what_it_should() -> None:
     assert {case.do_cpu_sync for case in drawn} == {case.with_weights for case in drawn} == {False, True}
     flags = itertools.product([False, True], repeat=2)
     assert {case.combining for case in drawn} == {combines.Options(*each) for each in flags}
+    assert {case.barrier for case in drawn} == {False, True}
     options = [each for case in drawn for each in (case.first, *case.again)]
     assert {0, 1, 2} == {len(case.again) for case in drawn}
     layouts = {(case.do_cpu_sync, case.first.do_expand, each.do_expand) for case in drawn for each in case.again}

@@ -9,9 +9,7 @@ import pytest
 from deep_ep import ElasticBuffer
 from deep_ep.calls import dispatch as calls_dispatch
 from deep_ep.errors import EPError
-from tests.unit.test_calls import FakeMachine, build, dispatch
-from tests.unit.test_calls import buffer as buffer
-from tests.unit.test_calls import machine as machine
+from tests.unit.fake_machine import FakeMachine, build, dispatch
 
 
 def test_a_buffer_is_not_destroyed_there(buffer: ElasticBuffer, machine: FakeMachine) -> None:

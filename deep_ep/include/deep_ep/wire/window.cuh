@@ -32,6 +32,7 @@ struct Window {
   int32_t rank, num_ranks;
   int32_t slots_per_source;                    // arrival marks that the region holds for each source
   int32_t message_words;                       // words of one Message
+  int32_t number;                              // of the buffer, among those that the same ranks have built
   uint64_t partials, messages, arrived, rows;  // offsets in bytes
 };
 
