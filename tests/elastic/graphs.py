@@ -7,11 +7,9 @@ On simulated ranks, which have no graphs, the same calls are made anew each time
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,49 +17,11 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import ElasticBuffer, EPError, EPTimeoutError
-from tests.elastic import cases, ranks, ways
-from tests.elastic.replays import Given, Recording, Results, Shape, Trip, Verdicts, processed, replay_in_turn, small
+from tests.elastic import cases, ways
+from tests.elastic.replays import Recording, Results, Shape, Trip, Verdicts, processed, replay_in_turn
+from tests.elastic.scenes import ODD, Job, play
 
-ODD = 1  # the rank that does otherwise
-CYCLES_PER_SECOND = 2e9  # of a GPU, at most
-SOON, LONG = 0.0005, 0.05  # seconds
-
-
-@dataclass(frozen=True)
-class Job:
-    """This rank, and how often it replays each graph."""
-
-    group: dist.ProcessGroup
-    device: torch.device
-    replays: int
-
-    @property
-    def on_gpus(self) -> bool:
-        return self.device.type == "cuda"
-
-    def build(self, **changes: Any) -> ElasticBuffer:
-        settings = {"num_max_tokens_per_rank": 128, "hidden": 1024, "allow_multiple_reduction": False}
-        return ElasticBuffer(self.group, **{**settings, **changes})
-
-    def shape(self, **changes: Any) -> Shape:
-        return small(self.group.size(), **changes)
-
-    def wide(self, **changes: Any) -> Shape:
-        """Enough tokens for many blocks, on GPUs."""
-        size = {"tokens": (96,) * self.group.size(), "hidden": 1024, "num_topk": 8} if self.on_gpus else {}
-        return self.shape(**{**size, **changes})
-
-    def delay(self, seconds: float) -> None:
-        """Keep the current stream busy, or the rank where there are no streams."""
-        if self.on_gpus:
-            torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
-        else:
-            time.sleep(seconds)
-
-    def slowly(self, given: Given) -> Given:
-        """What is given, but only after a while: whoever does not wait reads something else."""
-        self.delay(SOON)
-        return given.copied()
+LONG = 0.05  # seconds
 
 
 def record(job: Job, buffer: ElasticBuffer, shape: Shape, seed: int, **how: Any) -> tuple[Trip, Recording]:
@@ -167,30 +127,16 @@ def barriers(job: Job) -> None:
         replay_in_turn([(trip, recording)], max(4, job.replays // 30))
 
         def late_or_not(trip: Trip = trip, meet: Callable[[], None] = meet) -> Results:
-            if job.group.rank() == ODD:
+            if job.is_odd:
                 job.delay(LONG)
             meet()
             return trip.calls()
 
         late = Recording(late_or_not, job.device)
         dist.barrier(job.group)
-        seconds = seconds_of(job, late.replay)
+        seconds = job.seconds_of(late.replay)
         assert seconds > LONG / 2, f"a barrier was over after {seconds} s, before rank {ODD} had come"
     buffer.destroy()
-
-
-def seconds_of(job: Job, action: Callable[[], Any]) -> float:
-    """That what it does takes, on the current stream where there is one."""
-    start_s = time.monotonic()
-    if not job.on_gpus:
-        action()
-        return time.monotonic() - start_s
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    action()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
 
 
 def what_a_capture_refuses(job: Job) -> None:
@@ -235,7 +181,7 @@ def a_peer_that_does_not_replay(job: Job) -> None:
         trip, recording = record(job, buffer, job.shape(expanded=True), seed=19)
         replay_in_turn([(trip, recording)], replays_before)
         dist.barrier(job.group)
-        if job.group.rank() != ODD:
+        if not job.is_odd:
             start_s = time.monotonic()
             with pytest.raises(EPTimeoutError, match=f" for rank {ODD} "):
                 replay_alone(job, buffer, recording)
@@ -270,24 +216,5 @@ SCENES: tuple[Callable[[Job], None], ...] = (
 )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--machine", choices=ranks.MACHINES, default="simulated")
-    parser.add_argument("--replays", type=int, help="of each graph: 3000 on GPUs, 6 on simulated ranks")
-    arguments = parser.parse_args()
-    group, device = ranks.join(arguments.machine)
-    if device.type == "cuda":  # so that captures load no kernels of torch; ours are there once a buffer is built
-        (torch.ones(8, dtype=torch.uint8, device=device).to(torch.bfloat16) * 2).clone()
-    job = Job(group, device, arguments.replays or (3000 if device.type == "cuda" else 6))
-    for scene in SCENES:
-        start_s = time.monotonic()
-        scene(job)
-        dist.barrier(group)
-        if group.rank() == 0:
-            print(f"{scene.__name__}: OK, {time.monotonic() - start_s:.1f} s", flush=True)
-    dist.destroy_process_group()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(play(SCENES, __doc__))

@@ -216,8 +216,8 @@ class Trip:
             Draw(shape, inputs, seed + i, self.rank, device) for i, inputs in enumerate(shape.draw(100 * seed))
         ]
         self._chance = random.Random(seed)  # all ranks draw alike
-        self._current = self._draws[0]
-        self.given = self._current.given.copied()
+        self.due = self._draws[0]
+        self.given = self.due.given.copied()
         self.stats = torch.zeros(shape.local_experts, dtype=torch.int32, device=device)
         self._expected_stats = self.stats.clone()
         self._known: EPHandle | None = None
@@ -228,8 +228,8 @@ class Trip:
 
     def load(self) -> None:
         """Put other values into the tensors than they had, in stream order."""
-        self._current = self._chance.choice([draw for draw in self._draws if draw is not self._current])
-        for to, value in zip(self.given.tensors, self._current.given.tensors, strict=True):
+        self.due = self._chance.choice([draw for draw in self._draws if draw is not self.due])
+        for to, value in zip(self.given.tensors, self.due.given.tensors, strict=True):
             to.copy_(value)
 
     def calls(
@@ -288,7 +288,7 @@ class Trip:
 
     def compare(self, what: str, results: Results, verdicts: Verdicts) -> None:
         """Hold the results of the last calls against what was loaded last."""
-        due, count, expanded = self._current, self._current.num_received, self.shape.expanded
+        due, count, expanded = self.due, self.due.num_received, self.shape.expanded
         rows = due.rows[expanded]
         for name, got, expected in zip(("recv_x", "recv_sf"), results.payload, rows.payload, strict=False):
             verdicts.compare(f"{what}: {name}", got[rows.where], expected)
