@@ -14,7 +14,6 @@ from tests.elastic import graphs, streams
 from tests.elastic.ranks import torchrun
 from tests.elastic.replays import Results, Trip, Verdicts, small
 
-
 JOBS = {"graphs": graphs.SCENES, "streams": streams.SCENES}
 
 
