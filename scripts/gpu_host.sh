@@ -31,6 +31,7 @@ device      correct    150
 machine     correct    150
 elastic2    correct    150
 ways        correct    150
+streams     correct    150
 graphs      correct    240
 mishaps     correct    150
 importers   correct    100
@@ -90,6 +91,7 @@ step_machine() { ranks 2 tests/unit/test_machine_greet.py; }
 step_elastic2() { elastic worker --seeds "$SEEDS" --largest 200 --longest 8192; }
 step_elastic8() { NCCL_MULTI_RANK_GPU_ENABLE=1 ranks 8 -m tests.elastic.worker --machine cuda --seeds "$SEEDS"; }
 step_ways() { elastic ways; }
+step_streams() { elastic streams; }
 step_graphs() { elastic graphs; }
 step_mishaps() { elastic mishaps; }
 step_importers() { elastic importers; }

@@ -97,7 +97,7 @@ def slow_producers(job: Job) -> None:
         for timing in TIMINGS:
             for by_event in (False, True):
                 trip = Trip(job.shape(num_biases=1), buffer, job.device, seed=3)
-                for round_idx in range(3):
+                for round_idx in range(2):
                     trip.load()
                     results = trip.calls(job.slowly, lambda: job.delay(SOON), by_event, **timing)
                     trip.compare(f"round {round_idx}, {timing}, by event {by_event}", results, verdicts)

@@ -1,4 +1,5 @@
-"""CUDA graphs of calls (graphs.py): replayed on GPUs, and the same job without graphs on simulated ranks."""
+"""CUDA graphs (graphs.py), streams, events, threads and signals (streams.py): on GPUs; on simulated ranks without any
+graphs and streams."""
 
 from __future__ import annotations
 
@@ -9,26 +10,28 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import ElasticBuffer
-from tests.elastic.graphs import SCENES
+from tests.elastic import graphs, streams
 from tests.elastic.ranks import torchrun
 from tests.elastic.replays import Results, Trip, Verdicts, small
 
+JOBS = {"graphs": graphs.SCENES, "streams": streams.SCENES}
+
 
 @pytest.mark.slow
-def test_without_graphs_on_simulated_ranks() -> None:
+@pytest.mark.parametrize("job", JOBS)
+def test_on_simulated_ranks(job: str) -> None:
     """Three ranks, of which one has no tokens."""
-    output = torchrun(3, "tests.elastic.graphs").check()
-    assert output.count(": OK") == len(SCENES), output
+    output = torchrun(3, f"tests.elastic.{job}").check()
+    assert output.count(": OK") == len(JOBS[job]), output
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("replays", [3000])
-def test_graphs_on_gpus(replays: int) -> None:
+@pytest.mark.parametrize("job", JOBS)
+def test_on_gpus(job: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
-    options = ("--machine", "cuda", "--replays", str(replays))
-    output = torchrun(2, "tests.elastic.graphs", *options, CUDA_VISIBLE_DEVICES="0,1").check()
-    assert output.count(": OK") == len(SCENES), output
+    output = torchrun(2, f"tests.elastic.{job}", "--machine", "cuda", CUDA_VISIBLE_DEVICES="0,1").check()
+    assert output.count(": OK") == len(JOBS[job]), output
 
 
 @pytest.fixture
