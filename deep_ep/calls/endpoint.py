@@ -80,7 +80,8 @@ class Endpoint:
         self.shared_limit = self.machine.shared_bytes_per_block
         self.window_argument = Window.of(self.layout, self.rank, self.window.addresses, number)
         timeout_ns, notice_ns = int(gpu_timeout * 1e9), int(notice_seconds(gpu_timeout) * 1e9)
-        self.patience_argument = Patience(self._fault.address, timeout_ns, notice_ns)
+        gave_up = self.window.addresses[self.rank] + layout.GAVE_UP_OFFSET  # control is the first region
+        self.patience_argument = Patience(self._fault.address, timeout_ns, notice_ns, gave_up)
 
     def _prepare_together(self) -> None:
         """Compile, load and allocate what takes no peer, before the first step that does: no rank compiles while others

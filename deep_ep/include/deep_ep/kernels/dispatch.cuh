@@ -97,6 +97,7 @@ EP_DEVICE bool place(const DispatchArgs& a, uint32_t epoch, int warp, const Bloc
 
 template <DispatchConfig C>
 EP_DEVICE void dispatch(const DispatchArgs& a) {
+  if (is_broken(a.window)) return;
   const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
   const Tables tables = Tables::at(device::shared_memory<int>(), a.routing.num_experts);
   const bool sender = sends(a.num_send_blocks), receiver = !sender;
