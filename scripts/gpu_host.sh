@@ -63,11 +63,13 @@ elastic() { # elastic JOB ARGUMENT...
   ranks 2 -m "tests.elastic.$job" --machine cuda "$@"
 }
 
-# A finding is an error. Failed calls of the driver are not reported: libraries probe for what a driver may lack.
+# A finding is an error. Failed calls of the driver are not reported: libraries probe for what a driver may lack. Every
+# tensor gets memory of its own, or what lies just behind it, and what it held before, would be another tensor's.
 sanitize() { # sanitize TOOL
   # shellcheck disable=SC2086  # SANITIZED may be several words
-  EP_JIT_WITH_LINEINFO=1 compute-sanitizer --tool "$1" --print-limit 100 --report-api-errors no --target-processes all \
-    --error-exitcode 9 python3 -m torch.distributed.run --standalone --nproc-per-node 2 $SANITIZED
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 EP_JIT_WITH_LINEINFO=1 compute-sanitizer --tool "$1" --print-limit 100 \
+    --report-api-errors no --target-processes all --error-exitcode 9 \
+    python3 -m torch.distributed.run --standalone --nproc-per-node 2 $SANITIZED
 }
 
 # So that the steps after it are not the ones that pay for it. With and without the sanitizers' line numbers.
@@ -100,6 +102,7 @@ step_worlds() { # the same ways in other surroundings
   CUDA_DEVICE_MAX_CONNECTIONS=1 elastic ways
   PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True EP_AVOID_RECORD_STREAM=1 elastic ways
   EP_REUSE_NCCL_COMM=0 EP_USE_NVIDIA_TOOLS=1 elastic ways
+  PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True elastic graphs --replays 200
 }
 step_gradients() {
   elastic gradients --backend aot_eager
