@@ -257,7 +257,8 @@ class ElasticBuffer:
 
         Raises:
             ValueError, TypeError: an argument; nothing was launched.
-            EPTimeoutError: a peer did not come.
+            EPTimeoutError, EPError: a peer did not come, or called something else; on GPUs a later call says so, unless
+                this one waits for counts (docs/guide.md, "When something goes wrong").
         """
         endpoint = self._usable()
         timing = Timing(
@@ -318,7 +319,7 @@ class ElasticBuffer:
 
         Raises:
             ValueError, TypeError: an argument; nothing was launched.
-            EPTimeoutError: a peer did not come.
+            EPTimeoutError, EPError: a peer did not come, or called something else; on GPUs a later call says so.
         """
         endpoint = self._usable()
         timing = Timing(
@@ -340,14 +341,18 @@ class ElasticBuffer:
             sequential: whether the domains meet one after the other. In one domain it makes no difference.
 
         Raises:
-            EPTimeoutError: an earlier call of this rank has failed; with ``with_cpu_sync`` no failure is missed.
+            EPError: an earlier call of this rank has failed, a peer did not come or called something else; on GPUs only
+                what is known by now, with ``with_cpu_sync`` everything.
         """
         endpoint = self._usable()
         with endpoint.named("barrier"):
             endpoint.barrier(use_comm_stream, with_cpu_sync)
 
     def destroy(self) -> None:
-        """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing."""
+        """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing.
+
+        An earlier failure that nobody was told of yet is logged, not raised: it must not hide an error on its way.
+        """
         self._end().destroy()
 
     def __del__(self) -> None:

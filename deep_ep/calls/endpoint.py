@@ -174,6 +174,7 @@ class Endpoint:
         with contextlib.suppress(Exception):
             self.window.close()
             self.machine.close()
+        with contextlib.suppress(Exception):
             self._log_untold_fault()
 
     def keep_for_good(self) -> None:

@@ -43,6 +43,7 @@ ANOTHER = cases.Case(
     num_biases=0,
     num_sms=1,
     spare_tokens=0,
+    barrier=True,
 )
 
 
