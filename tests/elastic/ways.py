@@ -253,10 +253,10 @@ def routes_that_are_known(group: dist.ProcessGroup, device: torch.device) -> Non
 
 def what_the_guide_shows(group: dist.ProcessGroup, device: torch.device) -> None:
     """The functions of docs/guide.md, as they stand there."""
-    guide: dict[str, Any] = {"torch": torch}
+    guide: dict[str, Any] = {"torch": torch, "group": group}
     for code in re.findall(r"```python\n(.*?)```", (ranks.ROOT / "docs" / "guide.md").read_text(), re.DOTALL):
-        if re.search("^def ", code, re.MULTILINE):
-            exec(code, guide)
+        exec(code, guide)
+    guide["buffer"].destroy()
     buffer = build(group)
     x, num_experts = tokens(buffer, device), 2 * group.size()
     idx = (torch.arange(2 * TOKENS).reshape(TOKENS, 2) % num_experts).to(device, deep_ep.topk_idx_t)
@@ -271,6 +271,8 @@ def what_the_guide_shows(group: dist.ProcessGroup, device: torch.device) -> None
     assert cast.shape[0] == handle.num_recv_tokens
     assert row_weights.shape == (handle.num_expanded_tokens,)
     same(y, buffer.dispatch(x, handle=handle, do_expand=True, do_zero_padding=True)[0])
+    twice = guide["layers_that_share_a_router"](*given, *[lambda recv_x, *_: recv_x] * 2)
+    assert twice.shape == x.shape
     assert guide["gradient_of_combine"](buffer, x, handle).shape == y.shape
     buffer.destroy()
 
