@@ -211,7 +211,9 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
                 hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True, with_stats=True
             ),
             again=(Options(hidden, with_weights=True, do_expand=r.random() < 0.5),) * idx,
+            repeats_handle=(seed + idx) % 2 == 0,
             combining=combining,
+            do_handle_copy=(seed + idx) % 3 != 0,
         )
         for idx in range(2)
     )
