@@ -25,7 +25,7 @@ SPACE: Space = {
     "tokens": Parameter((ANY, "most", "one", "uneven", "none"), dull=("none",)),
     "num_topk": Parameter((8, 1, 2, 3, 13, 32)),
     "local_experts": Parameter((4, 1, 2, 3, 8, 32)),
-    "kind": Parameter(("random", "holes", "skewed", "twice", "masked"), dull=("masked",)),
+    "kind": Parameter(("random", "holes", "skewed", "twice", "outside", "masked"), dull=("masked",)),
     "by_columns": Parameter(YES_OR_NO),
     "alignment": Parameter((None, 1, 3, 8, 16, 128)),
     "spare_tokens": Parameter((0, 5, None)),

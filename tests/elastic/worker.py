@@ -23,10 +23,14 @@ from tests.elastic.watched import WatchedBuffer, forgotten
 WARM_UP = 30  # trips, after which memory should not grow
 
 
-def build(group: dist.ProcessGroup, largest: int, longest: int) -> dict[str, ElasticBuffer]:
-    """Two buffers: of settings, and of a number of bytes with everything else as it is not by default."""
+def build(group: dist.ProcessGroup, largest: int, longest: int, timeout_s: float = 10) -> dict[str, ElasticBuffer]:
+    """Two buffers: of settings, and of a number of bytes with everything else as it is not by default.
+
+    Args:
+        timeout_s: of kernels that wait for a peer; hosts wait twice as long.
+    """
     sizes = {"num_max_tokens_per_rank": largest + 8, "hidden": longest}
-    timeouts = {"num_gpu_timeout_secs": 10, "num_cpu_timeout_secs": 20}
+    timeouts = {"num_gpu_timeout_secs": timeout_s, "num_cpu_timeout_secs": 2 * timeout_s}
     hint = ElasticBuffer.get_buffer_size_hint(group, **sizes, allow_multiple_reduction=False)
     return {
         "settings": WatchedBuffer(group, **sizes, allow_multiple_reduction=False, **timeouts),
