@@ -47,6 +47,15 @@ class Options:
 PLAIN = Options()
 
 
+def rows_to_add(count: int, hidden: int, chance: torch.Generator) -> torch.Tensor:
+    """Rows of which the sum depends on the order: among values about 1 are huge ones, which swallow bits of what was
+    added before them and take each other away."""
+    shape = (count, hidden)
+    values = torch.randn(shape, generator=chance)
+    sign = torch.randint(-1, 3, shape, generator=chance)  # of a huge one: half of them are none
+    return torch.where(sign.abs() == 1, sign * 2.0**20, values).bfloat16()
+
+
 class Combine:
     """Makes the call; check() looks at what it returned, once the kernels have run. The rows to combine are drawn, so
     they need no result of a dispatch. What lies between and behind them must not matter: it is no number.
@@ -78,12 +87,11 @@ class Combine:
         chance = torch.Generator().manual_seed(seed)
         weights = () if options.expanded else (inputs[0].topk_idx.shape[1],)
         counts = [len(self._places(rank)) for rank in range(buffer.num_ranks)]
-        self.outputs = [torch.randn(count, hidden, generator=chance).bfloat16() for count in counts]
+        self.outputs = [rows_to_add(count, hidden, chance) for count in counts]
         self.out_weights = [torch.rand(count, *weights, generator=chance) for count in counts]
-        self.biases = [
-            [torch.randn(len(own.topk_idx), hidden, generator=chance).bfloat16() for _ in range(num_biases)]
-            for own in inputs
-        ][self.rank]
+        self.biases = [[rows_to_add(len(own.topk_idx), hidden, chance) for _ in range(num_biases)] for own in inputs][
+            self.rank
+        ]
 
         handle.do_expand = options.expanded
         buffer.allow_multiple_reduction = options.multiple_reduction
