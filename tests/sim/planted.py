@@ -163,6 +163,28 @@ BUGS = (
         stories="barriers"),
     Bug("barrier-that-releases-nothing", "phases/retire.cuh", "store_release_sys", "store_relaxed_sys", RACE,
         stories="barriers"),
+    Bug("claim-in-two-steps", "phases/claims.cuh", "asked_ = device::fetch_add_relaxed_gpu(counter_, 1u);",
+        "asked_ = device::load_relaxed_gpu(counter_), device::store_relaxed_gpu(counter_, asked_ + 1);", "",
+        num_sms=TWO_SENDERS),
+    Bug("look-back-at-all-blocks", "phases/look_back.cuh", "first + j < device::block_idx()", "first + j < team.end()",
+        "", num_sms=TWO_SENDERS),
+    Bug("publish-what-one-block-counted", "phases/publish.cuh", "tables.expert_total[rank", "tables.expert_below[rank",
+        "", num_sms=TWO_SENDERS),
+    Bug("slot-for-a-position", "phases/compose.cuh", "tail.position(k) = choice.position;",
+        "tail.position(k) = choice.slot;", "differs", race_detector=False),
+    # Routes that are known, and what is told about them.
+    Bug("recall-aligned-ends", "phases/recall.cuh", "known.per_expert_end[e] - known.per_expert[e];",
+        "known.per_expert_aligned[e] - known.per_expert[e];", "differs", race_detector=False),
+    Bug("report-counts-of-one-source", "phases/report.cuh", "out.per_expert_end[e] = start + count;",
+        "out.per_expert_end[e] = tables.expert_row[experts_per_rank + e];", "differs", race_detector=False),
+    Bug("statistics-by-every-block", "kernels/dispatch.cuh", "good() && team.own() == 0) add_to_stats(",
+        "good()) add_to_stats(", "", num_sms=TWO_SENDERS),
+    Bug("one-unused-row-unsaid", "phases/blank.cuh", "int64_t(used_rows) * routing.num_topk + thread",
+        "int64_t(used_rows + 1) * routing.num_topk + thread", "", race_detector=False),
+    Bug("rows-of-the-column-before", "phases/results.cuh", "(num_topk + 2) + 2 + k]", "(num_topk + 2) + 1 + k]", "",
+        combining=SUMS, race_detector=False),
+    Bug("second-row-first", "phases/sum.cuh", "    add(a);\n    add(b);\n", "    add(b);\n    add(a);\n", "differs",
+        combining=EVERY_ROW, race_detector=False),
     # From one operation to the next.
     Bug(
         "plan-words-of-all-epochs-in-one-place",
@@ -238,8 +260,10 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
             options=Options(
                 hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True, with_stats=True
             ),
-            again=(Options(hidden, with_weights=True, do_expand=r.random() < 0.5),) * idx,
+            again=(Options(hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True),) * idx,
+            repeats_handle=(seed + idx) % 2 == 0,
             combining=combining,
+            do_handle_copy=(seed + idx) % 3 != 0,
         )
         for idx in range(2)
     )
