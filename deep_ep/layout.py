@@ -19,6 +19,7 @@ MAX_SCALES = 512  # scale factors of a token: they travel beside its row, and a 
 WINDOW_ALIGNMENT = 2 << 20  # bytes; a window is mapped in whole pages of 2 MiB
 REGION_ALIGNMENT = 256  # bytes
 CONTROL_BYTES = 256
+GAVE_UP_OFFSET = 16  # in control: where kernels leave word that a wait has ended in vain
 LINE_BYTES = 128  # of memory and of the link
 SECTOR_BYTES = 32  # what memory writes at least
 WORD_BYTES = 8  # value and epoch

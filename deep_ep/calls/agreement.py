@@ -57,7 +57,7 @@ def agree_to_build(machine: Machine, group_ranks: tuple[int, ...], settings: Set
             if value != values[0]:
                 raise ValueError(
                     f"{field.name} must be the same on all ranks, but it is {values[0]} on rank 0 and {value} on rank "
-                    f"{rank} of the group"
+                    f"{rank} of the group; pass one value on all of them"
                 )
     number = max(other.num_built for other in said)
     _num_built[group_ranks] = number + 1

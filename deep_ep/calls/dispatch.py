@@ -127,7 +127,7 @@ def _check_new_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: int
     num_experts = validate.is_expert_count(asked.num_experts, endpoint.num_ranks)
     alignment = 1 if asked.expert_alignment is None else asked.expert_alignment
     validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT)
-    if endpoint.environment.buffer_debug:
+    if endpoint.looks_at_selections():
         validate.are_valid_selections(topk_idx, num_experts)
     max_tokens = asked.num_max_tokens_per_rank
     return RoutingRequest(

@@ -71,7 +71,8 @@ class Endpoint:
         self.shared_limit = self.machine.shared_bytes_per_block
         self.window_argument = Window.of(self.layout, self.rank, self.window.addresses, number)
         timeout_ns, notice_ns = int(gpu_timeout * 1e9), int(notice_seconds(gpu_timeout) * 1e9)
-        self.patience_argument = Patience(self._fault.address, timeout_ns, notice_ns)
+        gave_up = self.window.addresses[self.rank] + layout.GAVE_UP_OFFSET  # control is the first region
+        self.patience_argument = Patience(self._fault.address, timeout_ns, notice_ns, gave_up)
 
     def _prepare_together(self) -> None:
         """Compile, load and allocate what takes no peer, before the first step that does: no rank compiles while others
@@ -130,9 +131,17 @@ class Endpoint:
         """Give the memory back, after all ranks have finished with it. Collective, and safe whatever has happened
         before: to the group, which may have gone, or to a peer, for which a broken buffer does not wait long. If the
         last call has failed and nobody was told yet, that is logged: it must not hide an error that is on its way.
+
+        Raises:
+            EPError: a CUDA graph is being captured; nothing has happened.
         """
         if self.closed:
             return
+        if self.machine.current_capture():
+            raise EPError(
+                "a deep_ep buffer cannot be destroyed inside a CUDA graph capture: the host cannot wait there; do it "
+                "after the capture, when the graph is not needed any more"
+            )
         self.closed = True
         try:
             if self.machine.comm_stream is not None:
@@ -156,6 +165,7 @@ class Endpoint:
         with contextlib.suppress(Exception):
             self.window.close()
             self.machine.close()
+        with contextlib.suppress(Exception):
             self._log_untold_fault()
 
     def keep_for_good(self) -> None:
@@ -167,6 +177,13 @@ class Endpoint:
         """Raise ValueError with ``message`` inside a CUDA graph capture."""
         if self.machine.current_capture():
             raise ValueError(message)
+
+    def looks_at_selections(self) -> bool:
+        """Whether this is the validating mode, and not a capture: looking waits for the device."""
+        if self.environment.buffer_debug and self.machine.current_capture():
+            logger.warning("rank %d: EP_BUFFER_DEBUG does not look at topk_idx inside a CUDA graph capture", self.rank)
+            return False
+        return self.environment.buffer_debug
 
     @contextlib.contextmanager
     def breaking_on_error(self, call: str) -> Iterator[None]:

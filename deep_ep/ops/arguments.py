@@ -63,7 +63,12 @@ class FaultRecord(ctypes.Structure):
 
 
 class Patience(ctypes.Structure):
-    _fields_ = [("fault", ctypes.c_void_p), ("timeout_ns", ctypes.c_uint64), ("notice_ns", ctypes.c_uint64)]
+    _fields_ = [
+        ("fault", ctypes.c_void_p),
+        ("timeout_ns", ctypes.c_uint64),
+        ("notice_ns", ctypes.c_uint64),
+        ("gave_up", ctypes.c_void_p),
+    ]
 
 
 class Routing(ctypes.Structure):

@@ -44,6 +44,7 @@ static_assert(kMaxBlocks == {layout.MAX_BLOCKS});
 static_assert(kPartialWords == {layout.PARTIAL_WORDS});
 
 static_assert(sizeof(Control) <= {layout.CONTROL_BYTES});
+static_assert(EP_OFFSET(Control, gave_up) == {layout.GAVE_UP_OFFSET});
 static_assert(sizeof(Window) == {ctypes.sizeof(Window)});
 static_assert(message_word::kExperts == {layout.message_words(1) - layout.MAX_EXPERTS});
 static_assert(message_word::kPlanWords == {layout.PLAN_WORDS});

@@ -187,6 +187,7 @@ def main() -> None:
             ("nccl", {"EP_REUSE_NCCL_COMM": "0"}, False),
         ]
     ):
+        start_s = time.monotonic()
         dist.init_process_group(backend, device_id=device if eager else None)
         assert dist.group.WORLD is not None
         machine = open_machine(dist.group.WORLD, read({**os.environ, **settings}), Limits())
@@ -201,7 +202,8 @@ def main() -> None:
         else:
             machine.close()
             dist.destroy_process_group()
-        line = f"rank {rank} of {num_ranks}, {backend} {settings}: OK, {microseconds:.1f} us a launch\n"
+        took = f"{time.monotonic() - start_s:.1f} s, {microseconds:.1f} us a launch"
+        line = f"rank {rank} of {num_ranks}, {backend} {settings}: OK, {took}\n"
         sys.stdout.write(line)
         sys.stdout.flush()
 

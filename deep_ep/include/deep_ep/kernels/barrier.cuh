@@ -19,6 +19,7 @@ struct BarrierArgs {
 
 template <BarrierConfig C>
 EP_DEVICE void barrier(const BarrierArgs& a) {
+  if (is_broken(a.window)) return;
   const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
   const Plan plan{.what = kBarrier};
   propose(a.window, epoch, plan);

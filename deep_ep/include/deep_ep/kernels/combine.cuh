@@ -52,6 +52,7 @@ EP_DEVICE void send(const CombineArgs& a, uint32_t epoch, Mailbox& box) {
 template <CombineConfig C>
 EP_DEVICE void combine(const CombineArgs& a) {
   static_assert(2 * C.num_send_warps < C.num_warps, "where every block sends, some of its other warps add");
+  if (is_broken(a.window)) return;
   const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
   const Plan plan = plan_of(kCombine, a.plan_flags, a.routing, a.results.record, *a.routes);
   const int warp = device::warp_idx();

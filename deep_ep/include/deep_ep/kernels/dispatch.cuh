@@ -102,6 +102,7 @@ EP_DEVICE bool tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
 
 template <DispatchConfig C>
 EP_DEVICE void dispatch(const DispatchArgs& a) {
+  if (is_broken(a.window)) return;
   constexpr bool kRecalls = C.places_from == PlacesFrom::kHandle;
   const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
   const Tables tables = Tables::at(device::shared_memory<int>(), a.routing.num_experts);
