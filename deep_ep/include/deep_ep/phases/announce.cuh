@@ -26,8 +26,8 @@ struct alignas(16) Mailbox {
 EP_DEVICE void open_mailboxes(Mailbox* boxes, int num_warps) {
   const int warp = device::thread_idx();
   if (warp >= num_warps) return;
-  device::mbarrier_init(boxes[warp].full, 1);
-  device::mbarrier_init(boxes[warp].empty, 1);
+  device::mbarrier_init(boxes[warp].full, 32);  // every lane arrives, for what it wrote, or read
+  device::mbarrier_init(boxes[warp].empty, 32);
   device::fence_mbarrier_init();
 }
 
@@ -82,8 +82,7 @@ class Announcer {
     ++handed_over_;
     box_.slots[device::lane_idx()] = closed_slot_;
     if (device::lane_idx() == 0) box_.is_last = is_last;
-    device::sync_warp();
-    if (device::elect()) device::mbarrier_arrive(box_.full);
+    device::mbarrier_arrive(box_.full);
     closed_slot_ = -1;
     closed_ = 0;
   }
@@ -105,8 +104,7 @@ EP_DEVICE void announce(const Window& window, uint32_t epoch, Mailbox& box) {
     device::mbarrier_wait(box.full, taken & 1);
     const int slot = box.slots[lane];
     is_last = box.is_last != 0;
-    device::sync_warp();
-    if (device::elect()) device::mbarrier_arrive(box.empty);
+    device::mbarrier_arrive(box.empty);
     if (slot >= 0) device::store_release_sys(arrived(window, lane % window.num_ranks, window.rank, slot), epoch);
   }
 }

@@ -46,8 +46,8 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, const Routing& ro
     if (gathers) {
       gather_scales(scales, token, stage.data + bytes);
       device::fence_async_proxy_shared();
+      device::sync_warp();
     }
-    device::sync_warp();
     if (device::elect()) {
       *stage.ticket = {.token = token,
                        .offset = offset,
@@ -59,7 +59,6 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, const Routing& ro
       device::bulk_load(stage.data, rows.row(token) + offset, bytes, *stage.full);
       if (scale_bytes > 0) device::bulk_load(stage.data + bytes, scales.row(token), scale_bytes, *stage.full);
     }
-    device::sync_warp();
     offset = last ? 0 : offset + bytes;
   };
 
