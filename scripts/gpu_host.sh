@@ -108,7 +108,7 @@ step_gradients() {
   elastic gradients --backend aot_eager
   elastic gradients --backend inductor
 }
-step_covering() { elastic worker --covering; }
+step_covering() { elastic worker --covering : --check-memory; }
 step_examples() { for example in examples/*.py; do ranks 2 "$example"; done; }
 step_trips() { elastic worker --seeds "$TRIPS" --check-memory; }
 step_memcheck() { sanitize memcheck; }

@@ -157,7 +157,7 @@ def moe(
     else:
         # Each expert's rows end where the sums of aligned counts do, and rows behind them have weights of zero.
         ends = handle.per_expert_aligned
-        expert = torch.searchsorted(ends, torch.arange(len(recv_x), device=ends.device, dtype=ends.dtype), right=True)
+        expert = (torch.arange(len(recv_x), device=ends.device)[:, None] >= ends).sum(dim=1)
         of_expert = torch.stack([weights * (expert == e) for e in range(LOCAL)])
     rows = (y.float() * of_expert[..., None]).sum(dim=0).bfloat16()
     combined, _ = autograd.combine(buffer, rows, handle, bias=bias)

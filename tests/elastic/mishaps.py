@@ -274,7 +274,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--machine", choices=ranks.MACHINES, default="simulated")
     logging.basicConfig(level=logging.WARNING, format="log: %(message)s")
-    group, device = ranks.join(parser.parse_args().machine)
+    group, device = ranks.join(parser.parse_args().machine, splits=False)
     job = Job(group, device)
     for mishap in MISHAPS:
         job.log.lines.clear()
