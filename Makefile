@@ -1,13 +1,17 @@
-# Four commands, of which each first makes what it lacks: demo, test, lint, bench.
+# Five commands, of which each first makes what it lacks: demo, train, test, lint, bench.
 PYTHON ?= python3
 RANKS ?= 4
 BIN := .venv/bin
 
-.PHONY: demo test lint bench venv tools toolkits
+.PHONY: demo train test lint bench venv tools toolkits plots
 
 # A mixture-of-experts layer over RANKS ranks: on GPUs if there are enough, else simulated.
 demo: venv
 	$(BIN)/python examples/moe_layer.py --ranks $(RANKS)
+
+# A small language model of that kind, trained over RANKS ranks and on one; draws loss.png.
+train: plots
+	$(BIN)/python examples/train_moe.py --ranks $(RANKS)
 
 # Everything that this machine can test.
 test: lint toolkits
@@ -26,13 +30,18 @@ bench: venv
 
 venv: .venv/ready
 tools: .venv/tools-ready
+plots: .venv/plots-ready
 toolkits: .toolkits/ready
 
 .venv/ready: pyproject.toml scripts/make_venv.sh
 	PYTHON=$(PYTHON) scripts/make_venv.sh
 
 .venv/tools-ready: .venv/ready
-	$(BIN)/python -m pip install -e '.[test,dev]'
+	$(BIN)/python -m pip install -e '.[test,dev,examples]'
+	touch $@
+
+.venv/plots-ready: .venv/ready
+	$(BIN)/python -m pip install -e '.[examples]'
 	touch $@
 
 .toolkits/ready: scripts/fetch_toolkits.sh | .venv/ready

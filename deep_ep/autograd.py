@@ -102,6 +102,7 @@ class Route(NamedTuple):
             handle.per_expert_aligned,
             handle.per_expert_end,
             handle.num_unaligned_recv_tokens_per_expert,
+            handle.number,
         ]
         numbers = [handle.num_experts, handle.num_max_tokens_per_rank, handle.expert_alignment, handle.num_sms]
         return Route(tensors, handle.num_recv_tokens_per_expert_list, numbers)
@@ -111,12 +112,12 @@ class Route(NamedTuple):
         """From what a dispatch returns behind its rows; counts are there if the host has waited for them."""
         topk_idx, slots, metadata, sums, counts = found
         local_experts = numbers[0] // num_ranks
-        parts = torch.split(sums, [num_ranks, local_experts, local_experts, local_experts])
+        parts = torch.split(sums, [num_ranks, local_experts, local_experts, local_experts, 1])
         return Route([topk_idx, slots, metadata, *parts], counts.tolist() if exact else [], numbers)
 
     def handle(self, buffer: ElasticBuffer, do_expand: bool) -> EPHandle:
         """The handle, for this layout."""
-        topk_idx, slots, metadata, per_rank, aligned, end, per_expert = self.tensors
+        topk_idx, slots, metadata, per_rank, aligned, end, per_expert, number = self.tensors
         num_experts, max_tokens, alignment, num_sms = self.numbers
         sizes = (max_tokens, buffer.num_ranks, topk_idx.shape[1], num_experts // buffer.num_ranks, alignment)
         return EPHandle(
@@ -136,6 +137,7 @@ class Route(NamedTuple):
             dst_buffer_slot_idx=slots,
             per_expert_aligned=aligned,
             per_expert_end=end,
+            number=number,
             group_ranks=buffer._group_ranks,
             rank=buffer.rank_idx,
         )
@@ -290,7 +292,7 @@ def _(
         torch.empty_like(topk_idx, memory_format=torch.contiguous_format),
         topk_idx.new_empty(topk_idx.shape, dtype=torch.int32),
         topk_idx.new_empty((num_tokens, num_topk + 2), dtype=torch.int32),
-        topk_idx.new_empty(num_ranks + 3 * local_experts, dtype=torch.int32),
+        topk_idx.new_empty(num_ranks + 3 * local_experts + 1, dtype=torch.int32),
         torch.empty(local_experts if exact else 0, dtype=torch.int64, device="cpu"),
     )
 

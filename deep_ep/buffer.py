@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import layout, plan, validate
-from deep_ep.calls.combine import CombineResult, check_combine, run_combine
-from deep_ep.calls.dispatch import Asked, DispatchResult, TokensOrPair, check_dispatch, run_dispatch
+from deep_ep.calls.agreement import Settings
+from deep_ep.calls.combine import AskedCombine, CombineResult, check_combine, run_combine
+from deep_ep.calls.dispatch import AskedDispatch, DispatchResult, TokensOrPair, check_dispatch, run_dispatch
 from deep_ep.calls.endpoint import Endpoint
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.handle import EPHandle
@@ -112,7 +113,8 @@ class ElasticBuffer:
         self.num_allocated_qps = num_allocated_qps
         cpu_timeout = validate.is_timeout("num_cpu_timeout_secs", num_cpu_timeout_secs)
         gpu_timeout = validate.is_timeout("num_gpu_timeout_secs", num_gpu_timeout_secs)
-        self._endpoint = Endpoint(group, num_bytes, cpu_timeout, gpu_timeout)
+        settings_of_all = Settings(num_bytes, num_max_tokens_per_rank, allow_multiple_reduction)
+        self._endpoint = Endpoint(group, settings_of_all, cpu_timeout, gpu_timeout)
         # What operators of torch know a buffer by, and tracers can read (autograd.py).
         self._key = next(_KEYS)
         _BUFFERS[self._key] = self
@@ -255,13 +257,14 @@ class ElasticBuffer:
 
         Raises:
             ValueError, TypeError: an argument; nothing was launched.
-            EPTimeoutError: a peer did not come.
+            EPTimeoutError, EPError: a peer did not come, or called something else; on GPUs a later call says so, unless
+                this one waits for counts (docs/guide.md, "When something goes wrong").
         """
         endpoint = self._usable()
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
-        asked = Asked(
+        asked = AskedDispatch(
             x=x,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
@@ -316,14 +319,14 @@ class ElasticBuffer:
 
         Raises:
             ValueError, TypeError: an argument; nothing was launched.
-            EPTimeoutError: a peer did not come.
+            EPTimeoutError, EPError: a peer did not come, or called something else; on GPUs a later call says so.
         """
         endpoint = self._usable()
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
-        reduces = self.allow_multiple_reduction
-        request = check_combine(endpoint, x, handle, topk_weights, bias, num_sms, timing, reduces)
+        asked = AskedCombine(x, handle, topk_weights, bias, num_sms, timing, self.allow_multiple_reduction)
+        request = check_combine(endpoint, asked)
         with endpoint.named("combine"):
             return run_combine(endpoint, request)
 
@@ -338,14 +341,18 @@ class ElasticBuffer:
             sequential: whether the domains meet one after the other. In one domain it makes no difference.
 
         Raises:
-            EPTimeoutError: an earlier call of this rank has failed; with ``with_cpu_sync`` no failure is missed.
+            EPError: an earlier call of this rank has failed, a peer did not come or called something else; on GPUs only
+                what is known by now, with ``with_cpu_sync`` everything.
         """
         endpoint = self._usable()
         with endpoint.named("barrier"):
             endpoint.barrier(use_comm_stream, with_cpu_sync)
 
     def destroy(self) -> None:
-        """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing."""
+        """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing.
+
+        An earlier failure that nobody was told of yet is logged, not raised: it must not hide an error on its way.
+        """
         self._end().destroy()
 
     def __del__(self) -> None:

@@ -198,6 +198,9 @@ class CallOrder:
         if not self._beside:
             return EventOverlap()
         written = [tensor for tensor in outputs if tensor is not None]
+        # Also with keep_in_event. Outputs outlive the event, and those of the communication stream's pool go back there
+        # as soon as nobody holds them, for a call that need not wait for the current stream's reads of them
+        # (previous_event). To outputs of the current stream's own pool this does nothing.
         for tensor in written:
             tensor.record_stream(self._current)
         if not self._asynchronous:

@@ -11,9 +11,9 @@ import torch
 class EPHandle:
     """Where every token of one dispatch went. Only ``do_expand`` may be set by the caller.
 
-    With R ranks, K selections a token, L local experts and N received tokens (with ``do_cpu_sync=False``: rows of the
-    worst case, the real count is the last of ``psum_num_recv_tokens_per_scaleup_rank``). Tensors lie where the kernels
-    run.
+    With R ranks, K selections a token, L local experts and N received tokens. After a dispatch with
+    ``do_cpu_sync=False`` no host knows the counts: N is the worst case then, and what came is the last of
+    ``psum_num_recv_tokens_per_scaleup_rank``. Tensors lie where the kernels run.
     """
 
     do_expand: bool
@@ -26,9 +26,9 @@ class EPHandle:
     topk_idx: torch.Tensor
     """[T, K] topk_idx_t: the selections of this rank's tokens."""
     num_recv_tokens: int
-    """Rows of recv_x in the plain layout."""
+    """Rows of recv_x in the plain layout. Without CPU sync the worst case, R x M, and not what came."""
     num_expanded_tokens: int
-    """Rows of the expanded layout, padding included."""
+    """Rows of the expanded layout, padding included. Without CPU sync the worst case."""
     num_recv_tokens_per_expert_list: list[int]
     """[L] aligned counts; empty without CPU sync."""
     psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
@@ -45,6 +45,8 @@ class EPHandle:
     per_expert_aligned: torch.Tensor = field(repr=False)
     per_expert_end: torch.Tensor = field(repr=False)
     """[L] int32: psum_num_recv_tokens_per_expert of the plain and of the expanded layout."""
+    number: torch.Tensor = field(repr=False)
+    """[1] int32: which call of which buffer made it. Ranks compare it, so that all use the handle of one dispatch."""
     group_ranks: tuple[int, ...] = field(repr=False)
     """Global ranks of the group; a buffer of another group refuses the handle."""
     rank: int = field(repr=False)

@@ -19,11 +19,12 @@ MAX_SCALES = 512  # scale factors of a token: they travel beside its row, and a 
 WINDOW_ALIGNMENT = 2 << 20  # bytes; a window is mapped in whole pages of 2 MiB
 REGION_ALIGNMENT = 256  # bytes
 CONTROL_BYTES = 256
+GAVE_UP_OFFSET = 16  # in control: where kernels leave word that a wait has ended in vain
 LINE_BYTES = 128  # of memory and of the link
 SECTOR_BYTES = 32  # what memory writes at least
 WORD_BYTES = 8  # value and epoch
 MARK_BYTES = 4
-PLAN_WORDS = 5  # what a source says that it calls
+PLAN_WORDS = 6  # what a source says that it calls
 PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS + 1  # of a block: what it counted, and that it has settled places
 ARRIVED_SHARE = 64  # one part in so many of a window holds arrival marks, whatever the tokens will be
 

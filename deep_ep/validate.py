@@ -226,10 +226,11 @@ def is_whole_handle(handle: EPHandle, num_ranks: int) -> None:
         "num_unaligned_recv_tokens_per_expert": (local_experts,),
         "per_expert_aligned": (local_experts,),
         "per_expert_end": (local_experts,),
+        "number": (1,),
     }
     for name, shape in shapes.items():
         value = getattr(handle, name)
-        if tuple(value.shape) != shape or value.dtype != torch.int32 or not value.is_contiguous():
+        if value.shape != shape or value.dtype != torch.int32 or not value.is_contiguous():
             raise ValueError(
                 f"handle.{name} must be int32 {list(shape)} as its dispatch left it, but it is {value.dtype} "
                 f"{list(value.shape)}; of a handle only do_expand may be set"

@@ -22,15 +22,12 @@ matrix that it would see on one rank, and combine adds in an order that is part 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launch import launch, machine_of, num_ranks_of
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -168,26 +165,12 @@ def run_rank(device: torch.device, options: argparse.Namespace) -> int:
     difference = (result.double() - expected.double()).abs().max().item()
 
     print(*reports, sep="\n")
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "simulated machine"
     verdict = "OK" if difference == 0.0 else "FAILED: the result must not differ in a single bit"
-    print(f"{num_ranks} ranks, {len(text)} tokens, {machine}: largest difference {difference}, {verdict}", flush=True)
+    print(
+        f"{num_ranks} ranks, {len(text)} tokens, {machine_of(device)}: largest difference {difference}, {verdict}",
+        flush=True,
+    )
     return 0 if difference == 0.0 else 1
-
-
-def join(rank: int, num_ranks: int, init_method: str, options: argparse.Namespace) -> None:
-    """Enter the process group on a GPU if every rank has one, else as a simulated rank; run; leave."""
-    if torch.cuda.device_count() >= num_ranks:
-        device = torch.device("cuda", rank)
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", init_method, rank=rank, world_size=num_ranks, device_id=device)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(1)  # the ranks share the processor
-        dist.init_process_group("gloo", init_method, rank=rank, world_size=num_ranks)
-    code = run_rank(device, options)
-    dist.destroy_process_group()
-    if code:
-        sys.exit(code)
 
 
 def parse_options() -> argparse.Namespace:
@@ -199,7 +182,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=16, help="a multiple of the number of ranks")
     parser.add_argument("--topk", type=int, default=4, help="experts that each token chooses")
     options = parser.parse_args()
-    options.ranks = int(os.environ.get("WORLD_SIZE", options.ranks))
+    options.ranks = num_ranks_of(options)
     for name in ("ranks", "max_tokens", "hidden", "experts"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, but it is {getattr(options, name)}")
@@ -214,18 +197,5 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
-    options = parse_options()
-    if "RANK" in os.environ:
-        join(int(os.environ["RANK"]), options.ranks, "env://", options)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        meeting_place = f"file://{folder}/ranks"
-        try:
-            mp.spawn(join, args=(options.ranks, meeting_place, options), nprocs=options.ranks)
-        except mp.ProcessExitedException as error:
-            sys.exit(error.exit_code)
-
-
 if __name__ == "__main__":
-    main()
+    launch(run_rank, parse_options())

@@ -53,7 +53,8 @@ def draw(
     kind: str = "random",
 ) -> list[Inputs]:
     """Inputs of every rank. ``kind``: random, skewed (all to the last rank), masked (no expert), holes (many -1), twice
-    (some experts are named several times), same (every selection names expert 0)."""
+    (some experts are named several times), same (every selection names expert 0), outside (some numbers are no experts:
+    as good as -1)."""
     generator = np.random.default_rng(seed)
     local = num_experts // num_ranks
     result = []
@@ -68,6 +69,9 @@ def draw(
             idx[:] = -1
         if kind == "holes":
             idx[generator.random(idx.shape) < 0.4] = -1
+        if kind == "outside":
+            no_experts = np.array([num_experts, num_experts + 31, 2**31 - 1, -2, -(2**31)])
+            idx = np.where(generator.random(idx.shape) < 0.4, generator.choice(no_experts, idx.shape), idx)
         if kind == "twice":
             idx = np.where(
                 generator.random((num_tokens, num_topk)) < generator.random((num_tokens, 1)), idx[:, :1], idx
@@ -182,7 +186,7 @@ def combine(
             total = total + b[token].float().numpy()
         last = {}  # rank -> its last selection
         for k, expert in enumerate(chosen):
-            if expert >= 0:
+            if 0 <= expert < num_experts:
                 last[expert // local] = k
                 weights[token, k] = out_weights[expert // local][row_of[expert // local][rank, token], k]
         for at in sorted(last, key=lambda r: last[r]):
@@ -225,8 +229,10 @@ def combine_every_row(
         for b in bias:
             total = total + b[token].float().numpy()
         for k, expert in enumerate(chosen):
+            if not 0 <= expert < num_experts:
+                continue
             at = expert // local
-            place = int(dispatched[at].metadata[received_as[at][rank, token], 2 + k]) if expert >= 0 else -1
+            place = int(dispatched[at].metadata[received_as[at][rank, token], 2 + k])
             if place >= 0:
                 total = total + outputs[at][place].float().numpy()
                 weights[token, k] = out_weights[at][place]

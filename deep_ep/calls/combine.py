@@ -18,6 +18,19 @@ CombineResult = tuple[torch.Tensor, torch.Tensor | None, EventOverlap]
 
 
 @dataclass(frozen=True)
+class AskedCombine:
+    """The arguments of a combine as they were given; nobody has looked at them yet."""
+
+    x: Any
+    handle: Any
+    topk_weights: Any
+    bias: Any
+    num_sms: Any
+    timing: Timing
+    allow_multiple_reduction: bool  # the buffer's
+
+
+@dataclass(frozen=True)
 class CombineRequest:
     """A combine whose arguments are right. N rows of H elements, or X expanded ones, come back as T tokens with K
     selections each."""
@@ -38,44 +51,35 @@ class CombineRequest:
         return self.handle.topk_idx.shape[0], self.x.shape[1]
 
 
-def check_combine(
-    endpoint: Endpoint,
-    x: Any,
-    handle: Any,
-    topk_weights: Any,
-    bias: Any,
-    num_sms: Any,
-    timing: Timing,
-    allow_multiple_reduction: bool,
-) -> CombineRequest:
+def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
     """Look at everything that a user may get wrong; nothing has happened yet when this raises.
 
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    device, handle = endpoint.device, endpoint.own_handle(handle)
-    validate.carries_no_gradient("combine", x=x, topk_weights=topk_weights)
+    device, handle = endpoint.device, endpoint.own_handle(asked.handle)
+    validate.carries_no_gradient("combine", x=asked.x, topk_weights=asked.topk_weights)
     dims = "XH" if handle.do_expand else "NH"
-    x = validate.is_row_matrix("x", validate.is_tensor("x", x, dims, torch.bfloat16, device))
+    x = validate.is_row_matrix("x", validate.is_tensor("x", asked.x, dims, torch.bfloat16, device))
     num_tokens, num_topk, hidden = handle.topk_idx.shape[0], handle.num_topk, x.shape[1]
     if handle.do_expand:
-        returned = Return.SUM if allow_multiple_reduction else Return.EVERY_ROW
+        returned = Return.SUM if asked.allow_multiple_reduction else Return.EVERY_ROW
         rows = handle.num_expanded_tokens
         validate.has_rows("x", x, rows, f"the handle's expanded layout has {rows}; pass it whole, padding included")
-        weights = validate.is_row_weights(topk_weights, "topk_weights", rows, device)
+        weights = validate.is_row_weights(asked.topk_weights, "topk_weights", rows, device)
     else:
         returned, rows = Return.ROW, handle.num_recv_tokens
         validate.has_rows("x", x, rows, f"the handle's dispatch returned {rows}; pass one row for each")
-        weights = validate.is_weights(topk_weights, "topk_weights", rows, num_topk, device)
-    biases = validate.biases(bias, num_tokens, hidden, device)
+        weights = validate.is_weights(asked.topk_weights, "topk_weights", rows, num_topk, device)
+    biases = validate.biases(asked.bias, num_tokens, hidden, device)
     for added in biases:
         validate.carries_no_gradient("combine", bias=added)
     rows_of_token = num_topk if returned is Return.EVERY_ROW else None
     record = layout.Record.of_combine(hidden * x.element_size(), 1 if rows_of_token else num_topk)
     max_tokens = endpoint.fitting_tokens(handle.num_max_tokens_per_rank, num_tokens, record, rows_of_token)
-    num_sms = endpoint.num_sms(num_sms or handle.num_sms)
-    validate.is_timing(timing)
-    return CombineRequest(x, handle, returned, weights, biases, max_tokens, num_sms, record, timing)
+    num_sms = endpoint.num_sms(asked.num_sms or handle.num_sms)
+    validate.is_timing(asked.timing)
+    return CombineRequest(x, handle, returned, weights, biases, max_tokens, num_sms, record, asked.timing)
 
 
 def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
@@ -93,7 +97,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
 
     args = _arguments(endpoint, request, ring, weights, metadata, combined_x, combined_weights)
     slots, per_rank = handle.dst_buffer_slot_idx, handle.psum_num_recv_tokens_per_scaleup_rank
-    reads: Tensors = (request.x, weights, metadata, handle.topk_idx, slots, per_rank, *request.biases)
+    reads: Tensors = (request.x, weights, metadata, handle.topk_idx, slots, per_rank, handle.number, *request.biases)
     writes: Tensors = (combined_x, combined_weights)
     with endpoint.breaking_on_error("combine"):
         endpoint.launch(
@@ -143,6 +147,7 @@ def _arguments(
             num_topk=handle.num_topk,
         ),
         combined=combined,
+        routes=handle.number.data_ptr(),
         plan_flags=plan_flags,
         piece_bytes=ring.piece_bytes,
         stage_bytes=ring.stage_bytes,

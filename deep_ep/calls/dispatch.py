@@ -21,7 +21,7 @@ DispatchResult = tuple[TokensOrPair, torch.Tensor | None, torch.Tensor | None, E
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedDispatch:
     """The arguments of a dispatch as they were given; nobody has looked at them yet."""
 
     x: Any
@@ -87,7 +87,7 @@ class DispatchRequest:
         return flags
 
 
-def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
+def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
     """Look at everything that a user may get wrong; nothing has happened yet when this raises.
 
     Raises:
@@ -122,12 +122,12 @@ def check_dispatch(endpoint: Endpoint, asked: Asked) -> DispatchRequest:
     )
 
 
-def _check_new_routing(endpoint: Endpoint, asked: Asked, num_tokens: int) -> RoutingRequest:
+def _check_new_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: int) -> RoutingRequest:
     topk_idx = validate.is_topk_idx(asked.topk_idx, num_tokens, validate.topk_idx_t, endpoint.device)
     num_experts = validate.is_expert_count(asked.num_experts, endpoint.num_ranks)
     alignment = 1 if asked.expert_alignment is None else asked.expert_alignment
     validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT)
-    if endpoint.environment.buffer_debug:
+    if endpoint.looks_at_selections():
         validate.are_valid_selections(topk_idx, num_experts)
     max_tokens = asked.num_max_tokens_per_rank
     return RoutingRequest(
@@ -135,9 +135,8 @@ def _check_new_routing(endpoint: Endpoint, asked: Asked, num_tokens: int) -> Rou
     )
 
 
-def _check_known_routing(endpoint: Endpoint, asked: Asked, num_tokens: int) -> RoutingRequest:
+def _check_known_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: int) -> RoutingRequest:
     handle = endpoint.own_handle(asked.handle)
-    validate.is_whole_handle(handle, endpoint.num_ranks)
     if asked.topk_idx is not None:
         raise ValueError("topk_idx and handle were both given; a handle holds the selections: leave topk_idx out")
     for name in ("num_experts", "num_max_tokens_per_rank", "expert_alignment"):
@@ -152,7 +151,7 @@ def _check_known_routing(endpoint: Endpoint, asked: Asked, num_tokens: int) -> R
     )
 
 
-def _check_payload(asked: Asked, device: torch.device) -> Payload:
+def _check_payload(asked: AskedDispatch, device: torch.device) -> Payload:
     validate.carries_no_gradient("dispatch", x=asked.x, topk_weights=asked.topk_weights)
     payload = Payload(*validate.is_payload(asked.x, device))
     if asked.use_tma_aligned_col_major_sf and payload.scales is None:
@@ -300,6 +299,7 @@ def _find_routes(call: Call) -> DispatchResult:
         dst_buffer_slot_idx=places[0],
         per_expert_aligned=routes.per_expert_aligned,
         per_expert_end=routes.per_expert_end,
+        number=routes.number,
         group_ranks=endpoint.group_ranks,
         rank=endpoint.rank,
     )

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import environment, installation, jit, layout, plan, validate
+from deep_ep.calls.agreement import Settings, agree_to_build
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
 from deep_ep.event import CallOrder, EventHandle, LastCall, Timing
 from deep_ep.handle import EPHandle
@@ -19,6 +20,7 @@ from deep_ep.machine import Machine, open_machine, raise_together
 from deep_ep.machine.meeting import Limits
 from deep_ep.ops import all_kernels
 from deep_ep.ops.arguments import Patience, Window
+from deep_ep.ops.barrier import BARRIER, BarrierArgs
 from deep_ep.ops.faults import FAULT_WORDS, check_fault, take_notice
 from deep_ep.topology import Topology, require_one_domain
 from deep_ep.waiting import Watch, notice_seconds
@@ -47,18 +49,18 @@ class Endpoint:
 
     Args:
         group: nccl with GPUs, or gloo.
-        num_bytes: of the window.
+        settings: the same on all ranks.
         cpu_timeout, gpu_timeout: seconds that the host, and a kernel, wait for a peer.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_bytes: int, cpu_timeout: float, gpu_timeout: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, settings: Settings, cpu_timeout: float, gpu_timeout: float) -> None:
         installation.check()
         self.environment = environment.read()
         self.rank, self.num_ranks = group.rank(), group.size()
         self.group_ranks = tuple(dist.get_process_group_ranks(group))
         self.topology = Topology(self.num_ranks, self.rank, self.num_ranks)
         require_one_domain(self.topology, layout.MAX_RANKS)
-        self.layout = layout.window_layout(self.num_ranks, num_bytes)
+        self.layout = layout.window_layout(self.num_ranks, settings.num_bytes)
         self._cpu_timeout = cpu_timeout
         self._broken: str | None = None
         self._has_launched = False  # in the call under way
@@ -68,16 +70,18 @@ class Endpoint:
         self.machine: Machine = open_machine(group, self.environment, Limits(cpu_timeout, gpu_timeout))
         try:
             self._prepare_together()
-            self.window = self.machine.allocate_window(num_bytes)
+            number = agree_to_build(self.machine, self.group_ranks, settings)
+            self.window = self.machine.allocate_window(settings.num_bytes)
         except Exception:
             self.machine.close()
             raise
         self.device = self.machine.device
         self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
         self.shared_limit = self.machine.shared_bytes_per_block
-        self.window_argument = Window.of(self.layout, self.rank, self.window.addresses)
+        self.window_argument = Window.of(self.layout, self.rank, self.window.addresses, number)
         timeout_ns, notice_ns = int(gpu_timeout * 1e9), int(notice_seconds(gpu_timeout) * 1e9)
-        self.patience_argument = Patience(self._fault.address, timeout_ns, notice_ns)
+        gave_up = self.window.addresses[self.rank] + layout.GAVE_UP_OFFSET  # control is the first region
+        self.patience_argument = Patience(self._fault.address, timeout_ns, notice_ns, gave_up)
 
     def _prepare_together(self) -> None:
         """Compile, load and allocate what takes no peer, before the first step that does: no rank compiles while others
@@ -91,14 +95,6 @@ class Endpoint:
         except Exception as caught:
             error = caught
         raise_together(error, self.machine.all_gather_object)
-        digest = jit.digest_of_headers(jit.INCLUDE_DIR)
-        versions = self.machine.all_gather_object(digest, "to compare their versions of deep_ep")
-        for rank, version in enumerate(versions):
-            if version != versions[0]:
-                raise EPError(
-                    f"ranks run different versions of deep_ep: rank 0 has headers {versions[0]}, rank {rank} "
-                    f"{version}; install the same one for all of them"
-                )
 
     def named(self, what: str) -> contextlib.AbstractContextManager[Any]:
         """An NVTX range with a name, for profilers; nothing unless EP_USE_NVIDIA_TOOLS asks for it."""
@@ -127,26 +123,34 @@ class Endpoint:
             host_waits: return when it is over.
 
         Raises:
-            EPTimeoutError: a call before this one is known to have failed; every rank passes the barrier nonetheless.
+            EPError: a rank called something else, did not come, or an earlier call has failed; as far as it is known.
         """
         if host_waits:
             self.refuse_capture("with_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
         order = self.order(Timing(None, None, asynchronous=on_comm_stream, allocate_on_comm_stream=False))
-        self.machine.barrier(order.stream)
-        order.end((), ()).current_stream_wait()
-        if host_waits and order.stream is not None:
-            self._wait_for_event(EventHandle.on(order.stream).event, "in a barrier")
-        self._check_fault()
+        with self.breaking_on_error("barrier"):
+            args = BarrierArgs(window=self.window_argument, patience=self.patience_argument)
+            self._launch(BARRIER, args, num_blocks=1, shared_bytes=0, order=order, reads=(), writes=())
+            order.end((), ()).current_stream_wait()
+            if host_waits and order.stream is not None:
+                self._wait_for_event(EventHandle.on(order.stream).event, "in a barrier")
+                self._check_fault()
 
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective, and safe whatever has happened
-        before: to the group, which may have gone, or to a peer, for which a broken buffer does not wait long.
+        before: to the group, which may have gone, or to a peer, for which a broken buffer does not wait long. If the
+        last call has failed and nobody was told yet, that is logged: it must not hide an error that is on its way.
 
         Raises:
-            EPTimeoutError: the last call has failed and nobody had asked yet; the memory has been given back.
+            EPError: a CUDA graph is being captured; nothing has happened.
         """
         if self.closed:
             return
+        if self.machine.current_capture():
+            raise EPError(
+                "a deep_ep buffer cannot be destroyed inside a CUDA graph capture: the host cannot wait there; do it "
+                "after the capture, when the graph is not needed any more"
+            )
         self.closed = True
         try:
             if self.machine.comm_stream is not None:
@@ -156,11 +160,9 @@ class Endpoint:
         except Exception as error:
             logger.warning("rank %d: the ranks did not meet before their memory was given back: %s", self.rank, error)
         finally:
-            fault_words = self._fault.tensor.clone()
             self.window.close()
             self.machine.close()
-        if self._broken is None:
-            check_fault(fault_words, self.rank)
+            self._log_untold_fault()
 
     def release(self) -> None:
         """Give the memory back without a word to the peers; while a CUDA graph is being captured, keep it for good."""
@@ -172,23 +174,36 @@ class Endpoint:
         with contextlib.suppress(Exception):
             self.window.close()
             self.machine.close()
+        with contextlib.suppress(Exception):
+            self._log_untold_fault()
 
     def keep_for_good(self) -> None:
         """Never give the memory back: nobody can say whether peers still write to it."""
         ABANDONED.append(self)
+        self._log_untold_fault()
 
     def refuse_capture(self, message: str) -> None:
         """Raise ValueError with ``message`` inside a CUDA graph capture."""
         if self.machine.current_capture():
             raise ValueError(message)
 
+    def looks_at_selections(self) -> bool:
+        """Whether this is the validating mode, and not a capture: looking waits for the device."""
+        if self.environment.buffer_debug and self.machine.current_capture():
+            logger.warning("rank %d: EP_BUFFER_DEBUG does not look at topk_idx inside a CUDA graph capture", self.rank)
+            return False
+        return self.environment.buffer_debug
+
     @contextlib.contextmanager
     def breaking_on_error(self, call: str) -> Iterator[None]:
         """From a call's first launch to its last: whatever ends it in between (out of memory, Ctrl-C) leaves counters
-        that the next call would trip over. What ends it before the first launch leaves nothing."""
+        that the next call would trip over. What ends it before the first launch leaves nothing. Where kernels have
+        ended by then, what they recorded is raised at the end; else it is for a later call to find."""
         self._has_launched = False
         try:
             yield
+            if self.machine.launches_finish:
+                self._check_fault()
         except BaseException as error:
             if self._has_launched:
                 self._broken = self._broken or f"a {call} was left half-done ({type(error).__name__}: {error})"
@@ -204,6 +219,14 @@ class Endpoint:
         notice = take_notice(self._fault.tensor, self.rank)
         if notice is not None:
             logger.warning("%s; it gives up after %.1f s", notice, self.patience_argument.timeout_ns / 1e9)
+
+    def _log_untold_fault(self) -> None:
+        """What kernels have recorded is not lost with a buffer that nobody asks any more."""
+        if self._broken is None:
+            try:
+                self._check_fault()
+            except EPError as error:
+                logger.error("the last call on a buffer that has gone had failed, and nobody was told: %s", error)
 
     def _wait_for_event(self, event: torch.cuda.Event | None, what: str) -> None:
         watch = self._watch(what)
@@ -246,6 +269,7 @@ class Endpoint:
             )
         if handle.topk_idx.device != self.device:
             raise ValueError(f"handle lies on {handle.topk_idx.device}, this buffer's kernels run on {self.device}")
+        validate.is_whole_handle(handle, self.num_ranks)
         return handle
 
     def fitting_tokens(
@@ -306,17 +330,29 @@ class Endpoint:
         """Launch a call, or a half of it, on ``num_sms`` blocks. Sets the argument ``num_send_blocks``."""
         num_blocks = min(num_sms, self.machine.num_sms)
         for args.num_send_blocks in num_send_blocks_of_launches(roles, half, num_blocks):
-            self._has_launched = True
-            self.machine.launch(
+            self._launch(
                 kernel,
                 args,
                 num_blocks=num_blocks,
                 shared_bytes=shared_bytes,
-                stream=order.stream,
-                reads=[tensor for tensor in reads if tensor is not None],
-                writes=[tensor for tensor in writes if tensor is not None],
+                order=order,
+                reads=reads,
+                writes=writes,
                 meets_peers=args.num_send_blocks > 0,
             )
+
+    def _launch(
+        self, kernel: jit.Kernel, args: Any, *, order: CallOrder, reads: Tensors, writes: Tensors, **shape: Any
+    ) -> None:
+        self._has_launched = True
+        self.machine.launch(
+            kernel,
+            args,
+            stream=order.stream,
+            reads=[tensor for tensor in reads if tensor is not None],
+            writes=[tensor for tensor in writes if tensor is not None],
+            **shape,
+        )
 
     # Counts that come before the tokens
 

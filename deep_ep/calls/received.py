@@ -37,13 +37,14 @@ class Routes:
     per_expert_aligned: torch.Tensor  # [L] int32
     per_expert_end: torch.Tensor  # [L] int32
     per_expert: torch.Tensor  # [L] int32
+    number: torch.Tensor  # [1] int32
 
     @staticmethod
     def allocate(like: torch.Tensor, tokens: int, num_topk: int, num_ranks: int, local_experts: int) -> Routes:
         """``like``: a tensor of the device."""
-        sums = like.new_empty(num_ranks + 3 * local_experts, dtype=torch.int32)  # in one piece
+        sums = like.new_empty(num_ranks + 3 * local_experts + 1, dtype=torch.int32)  # in one piece
         metadata = like.new_empty((tokens, num_topk + 2), dtype=torch.int32)
-        return Routes(metadata, *torch.split(sums, [num_ranks, local_experts, local_experts, local_experts]))
+        return Routes(metadata, *torch.split(sums, [num_ranks, local_experts, local_experts, local_experts, 1]))
 
     @staticmethod
     def of(handle: EPHandle) -> Routes:
@@ -53,11 +54,12 @@ class Routes:
             handle.per_expert_aligned,
             handle.per_expert_end,
             handle.num_unaligned_recv_tokens_per_expert,
+            handle.number,
         )
 
     @property
     def counts(self) -> Tensors:
-        return self.per_rank, self.per_expert_aligned, self.per_expert_end, self.per_expert
+        return self.per_rank, self.per_expert_aligned, self.per_expert_end, self.per_expert, self.number
 
     @property
     def tensors(self) -> Tensors:

@@ -61,7 +61,9 @@ class Machine(Protocol):
     shared_bytes_per_block: int
     """The most dynamic shared memory that a block can have."""
     comm_stream: Any
-    """The machine's own torch.cuda.Stream for communication, or None where launches are synchronous."""
+    """The machine's own torch.cuda.Stream for communication, or None where there are no streams."""
+    launches_finish: bool
+    """Whether a kernel has ended when ``launch`` returns: then its call can tell at once how it went."""
 
     def allocate_window(self, num_bytes: int) -> Window:
         """Allocate ``num_bytes`` on every rank. Collective.
@@ -113,14 +115,6 @@ class Machine(Protocol):
 
     def current_capture(self) -> int:
         """The number of the CUDA graph capture that this device's current stream takes part in; 0 if there is none."""
-
-    def barrier(self, stream: Any = None) -> None:
-        """Let nothing that is queued on ``stream`` from now on run before every rank's stream has come here.
-        Collective; does not block the host where launches are asynchronous.
-
-        Args:
-            stream: a torch.cuda.Stream; None is the current one.
-        """
 
     def meet(self, what: str, limit_s: float | None = None) -> None:
         """Return when every rank's host is here. Collective.

@@ -70,9 +70,9 @@ class CudaMachine:
     """See deep_ep.machine.Machine; launches are asynchronous on the given stream."""
 
     name = "cuda"
+    launches_finish = False
 
     def __init__(self, group: dist.ProcessGroup, environment: Environment, limits: Limits) -> None:
-        self._group = group
         self._environment = environment
         self.rank, self.num_ranks = group.rank(), group.size()
         self.device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
@@ -210,10 +210,6 @@ class CudaMachine:
                 return 0
             _, number, *_ = self._call("cuStreamGetCaptureInfo", torch.cuda.current_stream().cuda_stream)
         return int(number)
-
-    def barrier(self, stream: Any = None) -> None:
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
-            dist.all_reduce(torch.zeros(1, device=self.device), group=self._group)
 
     def meet(self, what: str, limit_s: float | None = None) -> None:
         self._meeting.all_gather(None, what, limit_s)

@@ -2,7 +2,7 @@
 
 Ranks are processes of one machine, so they come through a socket in a folder that only this user can enter. A rank
 that dies is noticed at once, one that does not come when the limit of those who came has passed; then those are served
-alone.
+alone, and nobody waits for anybody any more.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Host:
         self._missing = set(range(num_ranks))  # that have left, or have not connected yet
         self._lines: dict[int, Connection] = {}
         self._last: dict[int, str] = {}  # each rank's last step
+        self._all_came = True  # to every step so far
         self._folder = tempfile.mkdtemp(prefix="deep_ep-")
         self.address = os.path.join(self._folder, "host")
         self._door = socket.socket(socket.AF_UNIX)
@@ -87,7 +88,8 @@ class Host:
         try:
             self._let_in()
             while asks := self._gather():
-                answers = self._serve(asks, sorted(self._missing | (self._lines.keys() - asks.keys())))
+                missing = sorted(self._missing | (self._lines.keys() - asks.keys()))
+                answers, self._all_came = self._serve(asks, missing), not missing
                 for rank, answer in answers.items():
                     self._tell(rank, answer)
         finally:
@@ -116,7 +118,7 @@ class Host:
             if self._end in ready:
                 return {}
             for rank, ask in self._take([(rank, line) for line, rank in waiting.items() if line in ready]):
-                if ask.alone:
+                if ask.alone or not self._all_came:
                     self._tell(rank, self._serve({rank: ask}, ())[rank])
                     continue
                 if not asks:

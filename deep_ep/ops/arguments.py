@@ -23,6 +23,7 @@ class Window(ctypes.Structure):
         ("num_ranks", ctypes.c_int32),
         ("slots_per_source", ctypes.c_int32),
         ("message_words", ctypes.c_int32),
+        ("number", ctypes.c_int32),
         ("partials", ctypes.c_uint64),
         ("messages", ctypes.c_uint64),
         ("arrived", ctypes.c_uint64),
@@ -30,13 +31,14 @@ class Window(ctypes.Structure):
     ]
 
     @staticmethod
-    def of(layout: WindowLayout, rank: int, addresses: Sequence[int]) -> Window:
+    def of(layout: WindowLayout, rank: int, addresses: Sequence[int], number: int) -> Window:
         return Window(
             base=(ctypes.c_void_p * MAX_RANKS)(*addresses),
             rank=rank,
             num_ranks=layout.num_ranks,
             slots_per_source=layout.slots_per_source,
             message_words=message_words(layout.num_ranks),
+            number=number,
             partials=layout["partials"].offset,
             messages=layout["messages"].offset,
             arrived=layout["arrived"].offset,
@@ -61,7 +63,12 @@ class FaultRecord(ctypes.Structure):
 
 
 class Patience(ctypes.Structure):
-    _fields_ = [("fault", ctypes.c_void_p), ("timeout_ns", ctypes.c_uint64), ("notice_ns", ctypes.c_uint64)]
+    _fields_ = [
+        ("fault", ctypes.c_void_p),
+        ("timeout_ns", ctypes.c_uint64),
+        ("notice_ns", ctypes.c_uint64),
+        ("gave_up", ctypes.c_void_p),
+    ]
 
 
 class Routing(ctypes.Structure):

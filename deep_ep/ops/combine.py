@@ -61,6 +61,7 @@ class CombineArgs(ctypes.Structure):
         ("slots", ctypes.c_void_p),
         ("results", Results),
         ("combined", Combined),
+        ("routes", ctypes.c_void_p),
         ("plan_flags", ctypes.c_int32),
         ("num_send_blocks", ctypes.c_int32),
         ("piece_bytes", ctypes.c_int32),

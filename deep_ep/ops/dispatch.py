@@ -78,6 +78,7 @@ class Counts(ctypes.Structure):
         ("per_expert_aligned", ctypes.c_void_p),
         ("per_expert_end", ctypes.c_void_p),
         ("per_expert", ctypes.c_void_p),
+        ("number", ctypes.c_void_p),
     ]
 
 

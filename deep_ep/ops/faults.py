@@ -14,7 +14,7 @@ FAULT_WORDS = ctypes.sizeof(FaultRecord) // 4  # of one record; a fault and a no
 
 # The waits of include/deep_ep/wire/phase.cuh.
 PHASES = {
-    1: "admit: for rank {peer} to finish reading the operation before this one",
+    1: "admit: for rank {peer} to end the call before this one",
     2: "look_back: for another block of its own to count its tokens",
     3: "collect: for rank {peer} to say how many tokens it sends",
     4: "copy_out: for a token of rank {peer}",
@@ -23,10 +23,17 @@ PHASES = {
     7: "agree: for rank {peer} to make the same call",
 }
 
+# What the rank that did not come may be doing: who gives up leaves others waiting, so it need not have begun it.
+BEHIND = "has not begun this call: it is late, makes another one, or waits itself in an earlier one"
+LATE = "is late, makes another call, or waits itself for a third rank"
+STUCK = "has begun this call; it waits itself for a third rank, or has given up because this rank came too late"
+WHY = {1: BEHIND, 3: LATE, 4: STUCK, 5: LATE, 7: BEHIND}
+LOCAL = (2, 6)  # waits for this rank's own blocks
+
 # No wait: a rank called something else. The words of include/deep_ep/wire/plan.cuh, in their order.
 DIFFER = 8
 PHASE_BITS = 8
-OPERATIONS = {1: "dispatch", 2: "combine"}
+OPERATIONS = {1: "dispatch", 2: "combine", 3: "barrier"}
 FLAGS = {
     PlanFlag.WEIGHTS: "topk_weights",
     PlanFlag.CACHED: "a handle",
@@ -34,6 +41,8 @@ FLAGS = {
     PlanFlag.EVERY_ROW: "expanded rows that are added in one step",
 }
 SIZES = ("num_experts", "num_max_tokens_per_rank", "bytes of a row", "bytes beside a row")
+ROUTES = len(SIZES) + 1  # the word behind those
+EPOCH_BITS = 20  # of the number of routes
 
 
 def check_fault(words: torch.Tensor, rank: int) -> None:
@@ -52,13 +61,12 @@ def check_fault(words: torch.Tensor, rank: int) -> None:
     fault = FaultRecord.from_buffer_copy(words.numpy().tobytes())
     if fault.phase % (1 << PHASE_BITS) == DIFFER:
         raise EPError(
-            f"{difference(fault, rank)}. Every rank must make the same calls in the same order, with the same sizes. "
-            "Destroy this buffer on every rank and build a new one"
+            f"{difference(fault, rank)}. Every rank must make the same calls in the same order, with the same sizes "
+            "and handles. Destroy this buffer on every rank and build a new one"
         )
     raise EPTimeoutError(
-        f"rank {rank} {describe_wait(fault)}. Every rank must make the same calls in the same order; see what rank "
-        f"{fault.peer} did instead. Destroy this buffer on every rank and build a new one; num_gpu_timeout_secs sets "
-        "the limit",
+        f"rank {rank} {describe_wait(fault)}. {reason(fault)}. Every rank must make the same calls in the same order. "
+        "Destroy this buffer on every rank and build a new one; num_gpu_timeout_secs sets the limit",
         WaitReport(
             rank=rank,
             phase=phase_of(fault).partition(":")[0],
@@ -95,9 +103,19 @@ def describe_wait(fault: FaultRecord) -> str:
     )
 
 
+def reason(fault: FaultRecord) -> str:
+    """What may be the matter with the peer."""
+    if fault.phase in LOCAL:
+        return "No peer is to blame for that: something else held up this GPU"
+    return f"Rank {fault.peer} {WHY.get(fault.phase, LATE)}; its own error or log says which"
+
+
 def difference(fault: FaultRecord, rank: int) -> str:
     """What the peer called, and what this rank did; the record holds the first of the plan's words that differ."""
     item = fault.phase >> PHASE_BITS
+    if item == ROUTES:
+        theirs, ours = describe_routes(fault.seen), describe_routes(fault.expected)
+        return f"rank {fault.peer} used the handle of {theirs}, rank {rank} the one of {ours}"
     if item > 0:
         size = SIZES[item - 1]
         return f"rank {fault.peer} made this call with {size} {fault.seen}, rank {rank} with {fault.expected}"
@@ -108,5 +126,13 @@ def difference(fault: FaultRecord, rank: int) -> str:
 def describe_call(what: int) -> str:
     """The plan's first word in words: an operation, its flags, its selections."""
     operation = OPERATIONS.get(what & 0xFF, f"operation {what & 0xFF}")
+    if operation == "barrier":
+        return operation
     flags = "".join(f", {name}" for flag, name in FLAGS.items() if what >> 8 & flag)
     return f"{operation} (num_topk {what >> 24}{flags})"
+
+
+def describe_routes(number: int) -> str:
+    """Which dispatch has found them; calls on a buffer count from 1, those that a CUDA graph replays among them."""
+    call, buffer = number % (1 << EPOCH_BITS), number >> EPOCH_BITS
+    return f"call {call} on buffer {buffer} of this group"

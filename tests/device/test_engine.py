@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.device.conftest import WorldKeeper
 from tests.device.exchange import Exchange
 
 MISUSES = re.findall(r"  k(\w+),", (KERNELS / "misuse.cuh").read_text())
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "simulator.md"
 NO_WORDS = np.zeros(1, np.uint32)
 
 
@@ -103,6 +105,26 @@ def test_an_access_outside_any_region_ends_the_world(name: str, says: str) -> No
         assert not world.is_alive
         with pytest.raises(SimulationError):
             world.allocate(16)
+
+
+def test_the_document_shows_how_to_use_a_world(plain_worlds: WorldKeeper) -> None:
+    """The snippet of docs/simulator.md as it stands there; for its kernel stands a probe."""
+    probe = Probe("identity", [], 2 * 64 * 10, num_threads=64)
+    world = plain_worlds.get()
+    output = world.allocate(4 * probe.num_outputs, name="output")
+    known = {
+        "World": lambda: nullcontext(world),
+        "Launch": lambda artifact, name, *rest, **more: Launch(artifact, probe.name, *rest, **more),
+        "artifact": jit.build(probe.kernel, SimulatedBench(world).toolchain).artifact,
+        "args": ProbeArgs(output=output),
+    }
+    (code,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+    exec(code, known)
+    assert len(known["data"]) == 4096
+    blocks = np.frombuffer(world.read(output, 4 * probe.num_outputs), np.uint32).reshape(2, 64, 10)[..., 0]
+    np.testing.assert_array_equal(blocks, [[0] * 64, [1] * 64])
+    world.free(output)
+    world.free(known["window"])
 
 
 def test_a_small_overrun_is_found_after_the_launch(plain_worlds: WorldKeeper) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deep_ep import ElasticBuffer, EventOverlap
+from deep_ep import ElasticBuffer, EPHandle, EventOverlap
 from tests.elastic import cases, ranks
 
 NUM_RANKS, TOKENS, HIDDEN, TOPK, EXPERTS, MOST = 2, 6, 64, 3, 8, 32
@@ -212,7 +212,15 @@ def wrong_handles(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -
     other = larger.dispatch(num_experts=EXPERTS, num_max_tokens_per_rank=100_000, **many(t, TOKENS))[3]
     text = "num_max_tokens_per_rank 100000 with 128 bytes a token"
     yield t.again(ValueError, text, handle=other)
-    only_do_expand = "of a handle only do_expand may be set"
+    for edited in edited_handles(handle):
+        yield t.again(ValueError, "of a handle only do_expand may be set", handle=edited, num_experts=None)
+    worst = t.dispatch(do_cpu_sync=False)[3]
+    edited_worst = replace(worst, num_expanded_tokens=worst.num_expanded_tokens - 1)
+    yield t.again(ValueError, f"handle.num_expanded_tokens must be {worst.num_expanded_tokens}", handle=edited_worst)
+
+
+def edited_handles(handle: EPHandle) -> Iterator[EPHandle]:
+    """Of a handle only do_expand may be set."""
     for edited in (
         {"num_recv_tokens": handle.num_recv_tokens + 1},
         {"num_expanded_tokens": handle.num_expanded_tokens + 1},
@@ -224,11 +232,9 @@ def wrong_handles(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -
         {"dst_buffer_slot_idx": handle.dst_buffer_slot_idx[:-1]},
         {"dst_buffer_slot_idx": handle.dst_buffer_slot_idx.long()},
         {"recv_src_metadata": handle.recv_src_metadata.t()},
+        {"number": handle.number[:0]},
     ):
-        yield t.again(ValueError, only_do_expand, handle=replace(handle, **edited), num_experts=None)
-    worst = t.dispatch(do_cpu_sync=False)[3]
-    edited_worst = replace(worst, num_expanded_tokens=worst.num_expanded_tokens - 1)
-    yield t.again(ValueError, f"handle.num_expanded_tokens must be {worst.num_expanded_tokens}", handle=edited_worst)
+        yield replace(handle, **edited)
 
 
 def wrong_combines(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) -> Iterator[Mistake]:
@@ -247,6 +253,8 @@ def wrong_combines(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) 
         TypeError, "handle must be the EPHandle that dispatch returned, but it is a NoneType", handle=None
     )
     yield t.combining(TypeError, "handle must be the EPHandle that dispatch returned, but it is a Tensor", handle=x)
+    for edited in edited_handles(t.handle):
+        yield t.combining(ValueError, "of a handle only do_expand may be set", handle=edited)
     alone = of_one_rank.dispatch(t.x, topk_idx=t.topk_idx, num_experts=EXPERTS)[3]
     yield t.combining(ValueError, "handle belongs to rank 0 of a group of ranks [", handle=alone)
     many_tokens = many(t, 6)

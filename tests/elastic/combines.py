@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 import deep_ep
 from tests import oracle
-from tests.elastic.dispatches import same
+from tests.elastic import timings
+from tests.elastic.covering import Row
+from tests.elastic.dispatches import same, with_gaps
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,39 @@ class Options:
     Attributes:
         expanded: rows have the expanded layout.
         multiple_reduction: those of a token are added on their rank first.
+        row_gaps: rows, and those of biases, lie further apart than they are long.
+        num_sms: of the call; 0 is the handle's.
     """
 
     expanded: bool = False
     multiple_reduction: bool = True
+    row_gaps: bool = False
+    num_sms: int = 0
+    timing: timings.Timing = timings.AT_ONCE
 
     @staticmethod
-    def draw(r: random.Random) -> Options:
-        return Options(expanded=r.random() < 0.5, multiple_reduction=r.random() < 0.5)
+    def of(row: Row) -> Options:
+        """As chosen (choices.py)."""
+        expanded, multiple_reduction = row["returned"]
+        timing = timings.Timing(
+            row["returning_previous_event"],
+            row["returning_before_epilogue"],
+            row["returning_asynchronous"],
+            row["returning_on_comm_stream"],
+        )
+        return Options(expanded, multiple_reduction, row["returned_gaps"], row["returning_sms"], timing)
 
 
 PLAIN = Options()
+
+
+def rows_to_add(count: int, hidden: int, chance: torch.Generator) -> torch.Tensor:
+    """Rows of which the sum depends on the order: among values about 1 are huge ones, which swallow bits of what was
+    added before them and take each other away."""
+    shape = (count, hidden)
+    values = torch.randn(shape, generator=chance)
+    sign = torch.randint(-1, 3, shape, generator=chance)  # of a huge one: half of them are none
+    return torch.where(sign.abs() == 1, sign * 2.0**20, values).bfloat16()
 
 
 class Combine:
@@ -56,27 +80,42 @@ class Combine:
         *,
         with_weights: bool,
         num_biases: int,
+        num_qps: int = 0,
     ) -> None:
         self.options, self.inputs, self.dispatched, self.with_weights = options, inputs, dispatched, with_weights
         self.rank, self.num_experts = buffer.rank_idx, handle.num_experts
         chance = torch.Generator().manual_seed(seed)
         weights = () if options.expanded else (inputs[0].topk_idx.shape[1],)
         counts = [len(self._places(rank)) for rank in range(buffer.num_ranks)]
-        self.outputs = [torch.randn(count, hidden, generator=chance).bfloat16() for count in counts]
+        self.outputs = [rows_to_add(count, hidden, chance) for count in counts]
         self.out_weights = [torch.rand(count, *weights, generator=chance) for count in counts]
-        self.biases = [
-            [torch.randn(len(own.topk_idx), hidden, generator=chance).bfloat16() for _ in range(num_biases)]
-            for own in inputs
-        ][self.rank]
+        self.biases = [[rows_to_add(len(own.topk_idx), hidden, chance) for _ in range(num_biases)] for own in inputs][
+            self.rank
+        ]
 
         handle.do_expand = options.expanded
         buffer.allow_multiple_reduction = options.multiple_reduction
-        given = [bias.to(device) for bias in self.biases]
-        self.combined, self.combined_weights, _ = buffer.combine(
-            self._padded(self.outputs[self.rank], handle).to(device),
+        self.moment = timings.Moment(options.timing, device)
+        self.combined, self.combined_weights, event = self._call(buffer, handle, device, num_qps)
+        self.moment.began(event)
+
+    def _call(
+        self, buffer: deep_ep.ElasticBuffer, handle: deep_ep.EPHandle, device: torch.device, num_qps: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, deep_ep.EventOverlap]:
+        """Nobody holds what is given to the call once this has returned."""
+        rows = [self._padded(self.outputs[self.rank], handle), *self.biases]
+        given = [with_gaps(each.to(device)) if self.options.row_gaps else each.to(device) for each in rows]
+        weights = self._padded(self.out_weights[self.rank], handle).to(device) if self.with_weights else None
+        weights, x, *biases = self.moment.late(weights, *given)
+        bias: Any = tuple(biases) if len(biases) == 2 else biases[0] if biases else None
+        return buffer.combine(
+            x,
             handle,
-            topk_weights=self._padded(self.out_weights[self.rank], handle).to(device) if with_weights else None,
-            bias=given if len(given) == 2 else given[0] if given else None,
+            topk_weights=weights,
+            bias=bias,
+            num_sms=self.options.num_sms,
+            num_qps=num_qps,
+            **self.moment.arguments(),
         )
 
     def _places(self, rank: int) -> torch.Tensor:
@@ -95,6 +134,7 @@ class Combine:
 
     def check(self) -> None:
         """Raises AssertionError, naming what differs."""
+        self.moment.end()
         if self._lost_rows() and not self.options.multiple_reduction:
             return  # an owner cannot know which of its rows a rank has lost: it is enough that everybody ends
         sums, weights = self._expected()

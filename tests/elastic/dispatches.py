@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import deep_ep
 from tests import oracle
+from tests.elastic import timings
+from tests.elastic.covering import Row
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Options:
         packed: scale factors are int32, not float32.
         scale_strides: of the given ones; rows, columns or gaps.
         with_weights: whether weights travel.
+        row_gaps: rows of x lie further apart than they are long.
+        by_columns: selections and weights are stored so.
     """
 
     hidden: int
@@ -33,45 +36,63 @@ class Options:
     do_expand: bool = False
     do_zero_padding: bool = False
     with_stats: bool = False
+    row_gaps: bool = False
+    by_columns: bool = False
+    timing: timings.Timing = timings.AT_ONCE
 
     @staticmethod
-    def draw(r: random.Random, hidden: int, with_weights: bool, longest: int) -> Options:
-        """``hidden``: of bfloat16 rows; others draw theirs, up to ``longest``."""
-        options = Options(
+    def of(row: Row, hidden: int, num_scales: int) -> Options:
+        """As chosen (choices.py); sizes are the caller's."""
+        do_expand, do_zero_padding = row["layout"]
+        return Options(
             hidden,
-            with_weights,
-            do_expand=r.random() < 0.5,
-            do_zero_padding=r.random() < 0.5,
-            with_stats=r.random() < 0.4,
-        )
-        if r.random() < 0.5:
-            return options
-        return replace(
-            options,
-            hidden=r.choice([16, 32, 128, 16 * r.randint(1, 64), longest]),
-            num_scales=r.choice([1, 2, 4, 8, r.randint(1, 100)]),
-            packed=r.random() < 0.5,
-            scale_strides=r.choice(["rows", "columns", "gaps"]),
-            col_major_scales=r.random() < 0.5,
+            row["with_weights"],
+            num_scales,
+            packed=row["scales"] == "int32",
+            scale_strides=row.get("scale_strides", "rows"),
+            col_major_scales=row.get("col_major_scales", False),
+            do_expand=do_expand,
+            do_zero_padding=do_zero_padding,
+            with_stats=row["with_stats"],
+            row_gaps=row["row_gaps"],
+            by_columns=row["by_columns"],
+            timing=timings.Timing(
+                row["previous_event"], row["before_epilogue"], row["asynchronous"], row["on_comm_stream"]
+            ),
         )
 
     @property
     def scale_dtype(self) -> torch.dtype:
         return torch.int32 if self.packed else torch.float32
 
-    def payload(self, inputs: oracle.Inputs, device: torch.device) -> Any:
-        """What dispatch takes as x."""
-        x = inputs.x.to(device)
-        if not self.num_scales:
-            return x
-        scales = inputs.scales.view(self.scale_dtype).to(device)
-        if self.scale_strides == "columns":
-            scales = scales.t().contiguous().t()
-        if self.scale_strides == "gaps":
+    def tensors(self, own: oracle.Inputs, device: torch.device) -> list[torch.Tensor | None]:
+        """What dispatch takes: rows, scale factors, selections and weights, each with its strides."""
+        x = own.x.to(device)
+        idx, weights = own.topk_idx.to(device, deep_ep.topk_idx_t), own.weights.to(device)
+        if self.by_columns:
+            idx, weights = by_columns(idx), by_columns(weights)
+        scales = own.scales.view(self.scale_dtype).to(device) if self.num_scales else None
+        if scales is not None and self.scale_strides == "columns":
+            scales = by_columns(scales)
+        if scales is not None and self.scale_strides == "gaps":
             wide = torch.zeros(scales.shape[0], 3 * self.num_scales, dtype=scales.dtype, device=device)
             wide[:, ::3] = scales
             scales = wide[:, ::3]
-        return x, scales
+        return [with_gaps(x) if self.row_gaps else x, scales, idx, weights if self.with_weights else None]
+
+
+def by_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """The same matrix, stored column by column."""
+    return matrix.t().contiguous().t()
+
+
+def with_gaps(x: torch.Tensor) -> torch.Tensor:
+    """The same matrix as a view whose rows lie 80 bytes further apart, with nothing but ones' bits between them."""
+    size, rest = x.shape[1], 80 // x.element_size()
+    wide = torch.full((x.shape[0], (size + rest) * x.element_size()), 255, dtype=torch.uint8, device=x.device)
+    view = wide.view(x.dtype)[:, :size]
+    view.copy_(x)
+    return view
 
 
 class Dispatch:
@@ -96,23 +117,32 @@ class Dispatch:
         **arguments: Any,
     ) -> None:
         self.options, self.inputs, self.expected, self.allocated = options, inputs, expected, allocated
-        own = inputs[buffer.rank_idx]
         before = torch.arange(7, 7 + len(expected.per_expert), dtype=torch.int32)
         self.stats = before.to(device, copy=True) if options.with_stats else None
         self.expected_stats = before + torch.tensor(expected.per_expert, dtype=torch.int32)
-        self.recv_x, self.recv_idx, self.recv_weights, self.handle, event = buffer.dispatch(
-            options.payload(own, device),
-            topk_weights=own.weights.to(device) if options.with_weights else None,
+        self.moment = timings.Moment(options.timing, device)
+        self.recv_x, self.recv_idx, self.recv_weights, self.handle, event = self._call(buffer, device, arguments)
+        self.moment.began(event)
+
+    def _call(self, buffer: deep_ep.ElasticBuffer, device: torch.device, arguments: dict[str, Any]) -> Any:
+        """Nobody holds what is given to the call once this has returned."""
+        options, tensors = self.options, self.options.tensors(self.inputs[buffer.rank_idx], device)
+        x, scales, idx, weights, self.stats = self.moment.late(*tensors, self.stats)
+        return buffer.dispatch(
+            x if scales is None else (x, scales),
+            topk_idx=None if "handle" in arguments else idx,
+            topk_weights=weights,
             use_tma_aligned_col_major_sf=options.col_major_scales,
             cumulative_local_expert_recv_stats=self.stats,
             do_expand=options.do_expand,
             do_zero_padding=options.do_zero_padding,
+            **self.moment.arguments(),
             **arguments,
         )
-        assert event.event is None
 
     def check(self) -> None:
         """Raises AssertionError, naming what differs."""
+        self.moment.end()
         if self.stats is not None:
             same("cumulative_local_expert_recv_stats", self.stats, self.expected_stats)
         if self.options.do_expand:

@@ -3,12 +3,13 @@
 torchrun --nproc-per-node 3 -m tests.elastic.mishaps [--machine cuda]
 
 A rank comes late, calls something else, runs out of memory, and last of all dies. Its peers are told within the limit,
-in one report each, and can build anew: over the same group, or after a death over a new one.
+in one report each, and can build anew: over the same group, or after a death over a new one. Nobody logs much.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import random
@@ -27,6 +28,7 @@ from tests.elastic import cases, ranks, ways
 
 LIMIT_SECONDS = 2.0
 ODD = 1  # the rank that does otherwise
+MOST_LINES = 8  # that a rank logs in one mishap, rebuilding included
 
 
 class Job:
@@ -34,37 +36,49 @@ class Job:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.device = group, device
+        self.log = Log()
         self.buffer = self.build(group)
 
-    def build(self, group: dist.ProcessGroup) -> ElasticBuffer:
-        return ElasticBuffer(
-            group,
-            num_max_tokens_per_rank=ways.MOST,
-            hidden=1024,
-            num_gpu_timeout_secs=LIMIT_SECONDS,
-            num_cpu_timeout_secs=20,
-        )
+    def build(self, group: dist.ProcessGroup, **changes: Any) -> ElasticBuffer:
+        usual = {
+            "num_max_tokens_per_rank": ways.MOST,
+            "hidden": 1024,
+            "num_gpu_timeout_secs": LIMIT_SECONDS,
+            "num_cpu_timeout_secs": 20,
+        }
+        return ElasticBuffer(group, **{**usual, **changes})
 
     @property
     def is_odd(self) -> bool:
         return self.group.rank() == ODD
 
     def told(self, *calls: Callable[[], Any]) -> tuple[str, float]:
-        """The error in which some calls end, and after how many seconds; GPUs report some a call later."""
+        """The error in which some calls end, and after how many seconds. Simulated ranks are told by the call itself,
+        GPUs by the next one, which may be any."""
         start = time.monotonic()
         try:
             for call in calls:
                 call()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.buffer.get_comm_stream()  # asks what kernels have left
+                self.buffer.get_comm_stream()
         except EPError as error:
-            timed_out = isinstance(error, EPTimeoutError)
-            text = str(error)
+            text, seconds = str(error), time.monotonic() - start
+            if isinstance(error, EPTimeoutError):
+                report = error.report
+                assert report is not None
+                assert report.rank == self.group.rank()
+                assert report.seconds >= 0.99 * LIMIT_SECONDS, report
+                assert f" in {report.phase}" in text, text
+                assert report.counters.keys() == {"expected_epoch", "seen_epoch"}, report
+                assert all(f"rank {peer}" in text for peer in report.peers), text
+            else:
+                assert " waited " not in text, text
         else:
             return "", time.monotonic() - start
-        assert timed_out == (" waited " in text), text
-        return text, time.monotonic() - start
+        with pytest.raises(EPError, match="this buffer must be rebuilt on every rank"):
+            self.dispatch()
+        return text, seconds
 
     def rebuild(self) -> None:
         """The buffer is of no use any more; another one is."""
@@ -75,6 +89,58 @@ class Job:
 
     def dispatch(self, **changes: Any) -> Any:
         return ways.dispatch(self.buffer, self.device, **changes)
+
+
+class Log(logging.Handler):
+    """What the library has logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        logging.getLogger("deep_ep").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def ranks_that_need_not_agree(job: Job) -> None:
+    """Whether the host waits, SMs, alignment and layout are each rank's own business."""
+    expected = job.dispatch()
+    combined = job.buffer.combine(expected[0], expected[3])[0]
+    for waits in (job.is_odd, not job.is_odd):
+        own = {"num_sms": 1 + job.group.rank(), "expert_alignment": 8 if job.is_odd else 1}
+        recv_x, _, _, handle, _ = job.dispatch(do_cpu_sync=waits, **own)
+        ways.same(recv_x[: len(expected[0])], expected[0])
+        job.buffer.dispatch(ways.tokens(job.buffer, job.device), handle=handle, do_expand=job.is_odd)
+        handle.do_expand = False
+        ways.same(job.buffer.combine(recv_x, handle)[0], combined)
+
+
+def ranks_that_build_differently(job: Job) -> None:
+    for name, odd, usual in (
+        ("num_max_tokens_per_rank", ways.MOST - 1, ways.MOST),
+        ("num_bytes", 16 << 20, 8 << 20),
+        ("allow_multiple_reduction", False, True),
+    ):
+        changes = {"num_bytes": 8 << 20, name: odd if job.is_odd else usual}
+        with pytest.raises(ValueError, match=f"^{name} must be .* is {usual} on rank 0 and {odd} on rank {ODD} of the"):
+            job.build(job.group, **changes)
+
+
+def a_rank_that_comes_a_little_late(job: Job) -> None:
+    """Its peers say so, and wait on."""
+    if job.is_odd:
+        time.sleep(LIMIT_SECONDS / 2)
+    recv_x, _, _, handle, _ = job.dispatch()
+    job.buffer.combine(recv_x, handle)
+    dist.barrier(job.group)
+    start = time.monotonic()
+    if job.is_odd:
+        time.sleep(LIMIT_SECONDS / 4)
+    job.buffer.barrier(with_cpu_sync=True)
+    assert time.monotonic() - start > 0.9 * LIMIT_SECONDS / 4, "nobody leaves a barrier before all have come"
+    if job.group.rank() == 0:  # who hosts simulated ranks speaks for all of them
+        assert [line for line in job.log.lines if f"for rank {ODD} " in line], job.log.lines
 
 
 def ranks_that_are_not_in_step(job: Job) -> None:
@@ -89,8 +155,9 @@ def a_rank_that_comes_late(job: Job) -> None:
     """Much later than its peers wait."""
     if job.is_odd:
         time.sleep(3 * LIMIT_SECONDS)
-        text, _ = job.told(job.dispatch)  # what its peers had sent before they gave up may even be enough
-        assert text == "" or "did not come to a launch" in text, text
+        text, seconds = job.told(job.dispatch)  # what its peers had sent before they gave up may even be enough
+        assert text == "" or f"ranks [{ODD}] did not come to a launch" in text, text
+        assert seconds < LIMIT_SECONDS
     else:
         text, seconds = job.told(job.dispatch)
         assert f" for rank {ODD} " in text, text
@@ -119,6 +186,34 @@ def a_rank_with_another_call(job: Job) -> None:
     assert ("called dispatch" if job.is_odd else f"rank {ODD} called combine") in text, text
     assert seconds < LIMIT_SECONDS
     job.rebuild()
+
+
+def a_rank_in_a_barrier(job: Job) -> None:
+    text, seconds = job.told(lambda: job.buffer.barrier(with_cpu_sync=True) if job.is_odd else job.dispatch())
+    assert ("called dispatch" if job.is_odd else f"rank {ODD} called barrier, rank") in text, text
+    assert seconds < LIMIT_SECONDS
+    job.rebuild()
+
+
+def a_barrier_without_one_rank(job: Job) -> None:
+    if not job.is_odd:
+        text, _ = job.told(lambda: job.buffer.barrier(with_cpu_sync=True))
+        assert f" for rank {ODD} " in text, text
+    job.rebuild()
+
+
+def a_rank_with_another_handle(job: Job) -> None:
+    x = ways.tokens(job.buffer, job.device)
+    for call in ("combine", "dispatch"):
+        results = [job.dispatch(), job.dispatch()]
+        recv_x, _, _, handle, _ = results[0 if job.is_odd else 1]
+        combines = functools.partial(job.buffer.combine, recv_x, handle)
+        dispatches = functools.partial(job.buffer.dispatch, x, handle=handle)
+        text, seconds = job.told(combines if call == "combine" else dispatches)
+        assert "used the handle of call " in text, text
+        assert job.is_odd or text.startswith(f"rank {ODD} "), text
+        assert seconds < LIMIT_SECONDS
+        job.rebuild()
 
 
 def a_rank_without_memory(job: Job) -> None:
@@ -160,10 +255,16 @@ def out_of_memory(*_: Any, **__: Any) -> None:
 
 
 MISHAPS: tuple[Callable[[Job], None], ...] = (
+    ranks_that_need_not_agree,
+    ranks_that_build_differently,
+    a_rank_that_comes_a_little_late,
     ranks_that_are_not_in_step,
     a_rank_that_comes_late,
     a_rank_with_other_sizes,
     a_rank_with_another_call,
+    a_rank_in_a_barrier,
+    a_barrier_without_one_rank,
+    a_rank_with_another_handle,
     a_rank_without_memory,
     a_rank_that_dies,
 )
@@ -173,10 +274,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--machine", choices=ranks.MACHINES, default="simulated")
     logging.basicConfig(level=logging.WARNING, format="log: %(message)s")
-    group, device = ranks.join(parser.parse_args().machine)
+    group, device = ranks.join(parser.parse_args().machine, splits=False)
     job = Job(group, device)
     for mishap in MISHAPS:
+        job.log.lines.clear()
         mishap(job)
+        assert len(job.log.lines) <= MOST_LINES, job.log.lines
         if group.rank() == 0:
             print(f"{mishap.__name__}: OK", flush=True)
     os._exit(0)  # a rank is dead: nothing of the group can be destroyed in good order

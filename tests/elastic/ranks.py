@@ -60,16 +60,19 @@ def torchrun(num_ranks: int, module: str, *options: str, timeout_s: float = 240,
     return Done(written, job.returncode, output)
 
 
-def join(machine: str) -> tuple[dist.ProcessGroup, torch.device]:
+def join(machine: str, splits: bool = True) -> tuple[dist.ProcessGroup, torch.device]:
     """Make this process a rank of the group that torchrun describes; returns the group and the device of its tensors.
 
     With more ranks than GPUs, several ranks share one.
+
+    Args:
+        splits: torch makes later groups by splitting NCCL's communicator, which takes all ranks of this one.
     """
     torch.set_num_threads(1)
     if machine == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device if splits else None)
     else:
         device = torch.device("cpu")
         dist.init_process_group("gloo")

@@ -27,4 +27,5 @@ def test_every_mistake_on_gpus() -> None:
 
 def test_small_case() -> None:
     """What compute-sanitizer runs on GPUs (scripts/gpu_host.sh) runs here on simulated ranks."""
-    torchrun(2, "tests.elastic.small_case").check()
+    output = torchrun(2, "tests.elastic.small_case").check()
+    assert "40 small round trips on 2 simulated ranks: OK" in output

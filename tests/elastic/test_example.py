@@ -89,13 +89,14 @@ def test_a_wrong_sum_is_not_ok(tmp_path: Path) -> None:
     """The comparison can fail: with one bit of one result turned over, the exit code is 1 and the line says FAILED."""
     script = tmp_path / "wrong.py"
     script.write_text(
-        "import runpy, torch, deep_ep\n"
+        "import runpy, sys, torch, deep_ep\n"
         "combine = deep_ep.ElasticBuffer.combine\n"
         "def wrong(self, x, handle):\n"
         "    result, *rest = combine(self, x, handle)\n"
         "    result.view(torch.int16)[0, 0] ^= 1\n"
         "    return result, *rest\n"
         "deep_ep.ElasticBuffer.combine = wrong\n"
+        f"sys.path.insert(0, {str(EXAMPLE.parent)!r})\n"
         f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')\n"
     )
     done = run(*TORCHRUN, "2", str(script), "--max-tokens", "64", "--hidden", "64")

@@ -7,19 +7,29 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.elastic import mishaps
 from tests.elastic.ranks import torchrun
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("num_ranks", "seeds", "largest"),
-    [(1, "0:20", 24), (2, "100:130", 24), (4, "200:208", 24), (8, "300:303", 12), (16, "400:401", 4)],
+    ("num_ranks", "covering", "seeds", "largest"),
+    [
+        (1, ":", "0:20", 24),
+        (2, ":", "100:130", 24),
+        (3, "0:16", "150:150", 24),
+        (4, "16:36", "200:208", 24),
+        (8, "36:41", "300:302", 12),
+        (16, "41:43", "400:400", 4),
+    ],
 )
 def test_simulated_ranks(
-    num_ranks: int, seeds: str, largest: int, record_property: Callable[[str, object], None]
+    num_ranks: int, covering: str, seeds: str, largest: int, record_property: Callable[[str, object], None]
 ) -> None:
+    """Any two choices together, all of them or some; and some at random."""
     record_property("seeds", seeds)
-    output = torchrun(num_ranks, "tests.elastic.worker", "--seeds", seeds, "--largest", str(largest)).check()
+    options = ("--covering", covering, "--seeds", seeds, "--largest", str(largest), "--check-memory")
+    output = torchrun(num_ranks, "tests.elastic.worker", *options).check()
     assert f"{num_ranks} simulated ranks: OK" in output
 
 
@@ -38,7 +48,7 @@ def test_ways_of_use() -> None:
 def test_mishaps() -> None:
     """Ranks out of step, and ranks that come late, call something else, run out of memory or die (mishaps.py)."""
     output = torchrun(3, "tests.elastic.mishaps").check()
-    assert output.count(": OK") == 6, output
+    assert output.count(": OK") == len(mishaps.MISHAPS), output
 
 
 @pytest.mark.gpu
@@ -46,7 +56,7 @@ def test_mishaps_on_gpus() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
     output = torchrun(2, "tests.elastic.mishaps", "--machine", "cuda", CUDA_VISIBLE_DEVICES="0,1").check()
-    assert output.count(": OK") == 6, output
+    assert output.count(": OK") == len(mishaps.MISHAPS), output
 
 
 @pytest.mark.gpu
@@ -64,6 +74,32 @@ def test_ways_of_use_on_gpus(variables: dict[str, str]) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
     torchrun(2, "tests.elastic.ways", "--machine", "cuda", CUDA_VISIBLE_DEVICES="0,1", **variables).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"EP_AVOID_RECORD_STREAM": "1"}, {"EP_NUM_TOPK_IDX_BITS": "32"}],
+    ids=lambda variables: " ".join(variables) or "plain",
+)
+def test_any_two_choices_on_gpus(variables: dict[str, str]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
+    options = ("--machine", "cuda", "--covering", ":", "--check-memory")
+    output = torchrun(2, "tests.elastic.worker", *options, CUDA_VISIBLE_DEVICES="0,1", **variables).check()
+    assert "2 cuda ranks: OK" in output
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ten_thousand_round_trips_on_gpus() -> None:
+    """Whatever is drawn, results are right, and memory stays what it is."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
+    options = ("--machine", "cuda", "--seeds", "10000:20000", "--check-memory")
+    output = torchrun(2, "tests.elastic.worker", *options, timeout_s=580, CUDA_VISIBLE_DEVICES="0,1").check()
+    assert "10000 round trips on 2 cuda ranks: OK" in output
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tests.elastic import cases, dispatches, ranks
 from tests.elastic.dispatches import Options
 
 TOKENS, HIDDEN, MOST = 7, 80, 16
+SHORT_SLEEP = 10**8  # clocks of a GPU, some 50 ms
 
 
 def build(group: dist.ProcessGroup) -> ElasticBuffer:
@@ -172,6 +174,56 @@ def beside_the_compute_stream(group: dist.ProcessGroup, device: torch.device) ->
     buffer.destroy()
 
 
+def who_keeps_memory(group: dist.ProcessGroup, device: torch.device) -> None:
+    """What an asynchronous call reads and writes lives until its stream has come so far; or in its event, and is free
+    as soon as that is let go of (EP_AVOID_RECORD_STREAM)."""
+    if device.type != "cuda":
+        return  # calls have ended when they return
+    in_event = os.environ.get("EP_AVOID_RECORD_STREAM") == "1"
+    buffer = build(group)
+    results = dispatch(buffer, device, async_with_compute_stream=True)
+    event = results[4]
+    assert (event.extra_tensors is not None) == in_event
+    event.current_stream_wait()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(buffer.get_comm_stream()):
+        torch.cuda._sleep(SHORT_SLEEP)
+    before = active_bytes()
+    del results
+    event(release_handle=True)
+    assert (active_bytes() < before) == in_event, (active_bytes(), before)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert active_bytes() < before
+    buffer.destroy()
+
+
+def results_that_outlive_their_event(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Calls that do not wait for the current stream must not get memory that is still to be read there."""
+    if device.type != "cuda":
+        return
+    buffer = build(group)
+    expected = dispatch(buffer, device)[0].clone()
+    others = tokens(buffer, device) + 1
+    torch.cuda.synchronize()
+    timing = {"async_with_compute_stream": True, "allocate_on_comm_stream": True}
+    recv_x, _, _, handle, event = dispatch(buffer, device, previous_event=buffer.capture(), **timing)
+    event(release_handle=True)
+    before = buffer.capture()
+    torch.cuda._sleep(SHORT_SLEEP)
+    read_late = recv_x.clone()
+    del recv_x
+    for _ in range(3):  # with a handle, so that nothing here waits for the sleeping stream
+        buffer.dispatch(others, handle=handle, previous_event=before, **timing)[4].current_stream_wait()
+    same(read_late, expected)
+    buffer.destroy()
+
+
+def active_bytes() -> int:
+    """Of torch's allocator: in use, or not to be used again before some stream has come so far."""
+    return int(torch.cuda.memory_stats()["active_bytes.all.current"])
+
+
 def a_handle_again_and_again(group: dist.ProcessGroup, device: torch.device) -> None:
     """Combines of one dispatch do not disturb each other, nor does another dispatch in between."""
     buffer = build(group)
@@ -253,10 +305,10 @@ def routes_that_are_known(group: dist.ProcessGroup, device: torch.device) -> Non
 
 def what_the_guide_shows(group: dist.ProcessGroup, device: torch.device) -> None:
     """The functions of docs/guide.md, as they stand there."""
-    guide: dict[str, Any] = {"torch": torch}
+    guide: dict[str, Any] = {"torch": torch, "group": group}
     for code in re.findall(r"```python\n(.*?)```", (ranks.ROOT / "docs" / "guide.md").read_text(), re.DOTALL):
-        if re.search("^def ", code, re.MULTILINE):
-            exec(code, guide)
+        exec(code, guide)
+    guide["buffer"].destroy()
     buffer = build(group)
     x, num_experts = tokens(buffer, device), 2 * group.size()
     idx = (torch.arange(2 * TOKENS).reshape(TOKENS, 2) % num_experts).to(device, deep_ep.topk_idx_t)
@@ -271,6 +323,8 @@ def what_the_guide_shows(group: dist.ProcessGroup, device: torch.device) -> None
     assert cast.shape[0] == handle.num_recv_tokens
     assert row_weights.shape == (handle.num_expanded_tokens,)
     same(y, buffer.dispatch(x, handle=handle, do_expand=True, do_zero_padding=True)[0])
+    twice = guide["layers_that_share_a_router"](*given, *[lambda recv_x, *_: recv_x] * 2)
+    assert twice.shape == x.shape
     assert guide["gradient_of_combine"](buffer, x, handle).shape == y.shape
     buffer.destroy()
 
@@ -315,6 +369,8 @@ WAYS: tuple[Callable[[dist.ProcessGroup, torch.device], None], ...] = (
     a_buffer_that_is_dropped,
     rows_with_gaps,
     beside_the_compute_stream,
+    who_keeps_memory,
+    results_that_outlive_their_event,
     a_handle_again_and_again,
     more_rows_than_the_worst_case,
     quantised_rows,

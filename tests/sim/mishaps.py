@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
 import deep_ep
-from deep_ep import EPError, EPTimeoutError, jit
-from deep_ep.machine.world import World
-from tests.sim.ranks import Buffer, Group, Ranks, Settings
+from deep_ep import EPError, EPHandle, EPTimeoutError, jit
+from deep_ep.machine.world import SimulationError, World
+from tests.sim.ranks import AbandonedError, Buffer, Group, Ranks, Settings
 from tests.sim.swarm import NUM_RACE_ROLES, ROLES
 
 MOST, HIDDEN, TIMEOUT_SECONDS = 12, 256, 7
@@ -29,7 +30,16 @@ MOST, HIDDEN, TIMEOUT_SECONDS = 12, 256, 7
 
 @dataclass(frozen=True)
 class Call:
-    """A dispatch or a combine: what one rank does while its peers do something else."""
+    """What a rank does.
+
+    Attributes:
+        operation: dispatch, combine, barrier or nothing.
+        num_scales: of a dispatch's rows, which are FP8 then; 0 stands for bfloat16.
+        cached: a dispatch takes the handle of an earlier one.
+        routes: whose handle a cached dispatch or a combine takes: the last dispatch's, or (-2) the one's before it.
+        expanded: the layout of a combine's rows.
+        multiple_reduction: how it adds them.
+    """
 
     operation: str = "dispatch"
     max_tokens: int = MOST
@@ -37,31 +47,90 @@ class Call:
     num_topk: int = 2
     experts_per_rank: int = 2
     with_weights: bool = True
+    num_scales: int = 0
     cached: bool = False
+    routes: int = -1
+    expanded: bool = False
+    multiple_reduction: bool = True
+
+    def in_words(self) -> str:
+        """As errors say it."""
+        if self.operation == "barrier":
+            return "barrier"
+        said = [
+            f"num_topk {self.num_topk}",
+            *(["topk_weights"] if self.with_weights else []),
+            *(["a handle"] if self.cached else []),
+            *(["scale factors"] if self.num_scales else []),
+            *([] if self.multiple_reduction else ["expanded rows that are added in one step"]),
+        ]
+        return f"{self.operation} ({', '.join(said)})"
+
+    def sizes(self, num_ranks: int) -> dict[str, int]:
+        """Likewise; what follows from words and rows is left out."""
+        return {
+            "num_experts": num_ranks * self.experts_per_rank,
+            "num_max_tokens_per_rank": self.max_tokens,
+            "bytes of a row": self.hidden * (1 if self.num_scales else 2),
+            "bytes beside a row": (16 + 12 * self.num_topk + 4 * self.num_scales + 31) // 32 * 32,
+        }
 
 
-USUAL = Call()
-# Each differs in one thing, and what the error must say of it: theirs and ours, as the peers see it.
-DIFFERENCES: dict[str, tuple[Call, str]] = {
-    "operation": (Call(operation="combine"), "called combine (num_topk 2, topk_weights), rank {rank} called dispatch"),
-    "max_tokens": (Call(max_tokens=8), "with num_max_tokens_per_rank 8, rank {rank} with 12"),
-    "more tokens": (Call(max_tokens=24), "with num_max_tokens_per_rank 24, rank {rank} with 12"),
-    "hidden": (Call(hidden=256), "with bytes of a row 512, rank {rank} with 128"),
-    "num_topk": (
-        Call(num_topk=3),
-        "called dispatch (num_topk 3, topk_weights), rank {rank} called dispatch (num_topk 2",
-    ),
-    "experts": (Call(experts_per_rank=5), "with num_experts "),
-    "weights": (
-        Call(with_weights=False),
-        "called dispatch (num_topk 2), rank {rank} called dispatch (num_topk 2, topk",
-    ),
-    "handle": (
-        Call(cached=True),
-        "called dispatch (num_topk 2, topk_weights, a handle), rank {rank} called dispatch (num",
-    ),
-    "nothing": (Call(operation="nothing"), "waited 7.0 s in "),
+# What all ranks but one do.
+USUALS = {
+    "dispatch": Call(),
+    "fp8": Call(num_scales=2),
+    "cached": Call(cached=True),
+    "cached fp8": Call(cached=True, num_scales=2),
+    "combine": Call("combine"),
+    "sums": Call("combine", expanded=True),
+    "every row": Call("combine", expanded=True, multiple_reduction=False),
+    "barrier": Call("barrier"),
 }
+# In what that one differs.
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "a dispatch": {"operation": "dispatch", "expanded": False, "multiple_reduction": True},
+    "a combine": {"operation": "combine", "cached": False, "num_scales": 0},
+    "a barrier": {"operation": "barrier"},
+    "nothing": {"operation": "nothing"},
+    "fewer tokens": {"max_tokens": 8},
+    "more tokens": {"max_tokens": 24},
+    "selections": {"num_topk": 3},
+    "experts": {"experts_per_rank": 5},
+    "longer rows": {"hidden": 256},
+    "no weights": {"with_weights": False},
+    "other rows": {"num_scales": 8},
+    "no scales": {"num_scales": 0},
+    "a handle": {"cached": True},
+    "no handle": {"cached": False},
+    "another handle": {"routes": -2},
+    "one by one": {"expanded": True, "multiple_reduction": False},
+    "added first": {"expanded": True, "multiple_reduction": True},
+}
+OF_ANY_OPERATION = ("a dispatch", "a combine", "a barrier", "nothing")
+OF_NEW_ROUTES = ("fewer tokens", "more tokens", "selections", "experts", "a handle")
+OF_DISPATCHES = ("longer rows", "no weights", "other rows", "no scales")
+OF_COMBINES = ("longer rows", "no weights", "another handle", "one by one", "added first")
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Every usual call with everything in which one may differ from it."""
+    found = []
+    for name, usual in USUALS.items():
+        differences = OF_ANY_OPERATION
+        if usual.operation == "combine":
+            differences += OF_COMBINES
+        elif usual.operation == "dispatch":
+            differences += OF_DISPATCHES + (("no handle", "another handle") if usual.cached else OF_NEW_ROUTES)
+        plan = (usual.in_words(), usual.sizes(1), usual.routes)
+        for difference in differences:
+            odd = replace(usual, **DIFFERENCES[difference])
+            if (odd.in_words(), odd.sizes(1), odd.routes) != plan:
+                found.append((name, difference))
+    return found
+
+
+PAIRS = pairs()
 
 
 @dataclass(frozen=True)
@@ -71,66 +140,104 @@ class Mishap:
     seed: int
     num_ranks: int
     odd_rank: int
+    usual: Call
     difference: str
     num_good: int
     do_cpu_sync: bool
-    in_combine: bool
-    """The odd one out of a combine, not of a dispatch."""
+    expand: bool
+    """The layout of what dispatches return on the odd rank."""
     num_sms: int
+
+    @property
+    def odd(self) -> Call:
+        return replace(self.usual, **DIFFERENCES[self.difference])
 
     @staticmethod
     def draw(seed: int, race: bool) -> Mishap:
+        """The pairs in turn, so that none is missed. Records of two kinds may overlap where they arrive; since a call
+        that failed is good for nothing, that harms nobody, but it is a race. Those of one peer do not."""
         r = random.Random(seed)
-        num_ranks = r.choice([2, 3] if race else [2, 2, 3, 4, 8])
-        difference = r.choice([*DIFFERENCES])
+        usual, difference = PAIRS[seed % len(PAIRS)]
+        of_one_kind = usual == "barrier" or difference in ("nothing", "a barrier")
+        num_ranks = r.choice(([2, 3] if of_one_kind else [2]) if race else [2, 2, 3, 4, 8])
         return Mishap(
             seed=seed,
             num_ranks=num_ranks,
             odd_rank=r.randrange(num_ranks),
+            usual=USUALS[usual],
             difference=difference,
-            num_good=r.choice([1, 2]),
+            num_good=2 if difference == "another handle" else r.choice([1, 2]),
             do_cpu_sync=r.random() < 0.5,
-            in_combine=difference == "nothing" and r.random() < 0.5,
+            expand=r.random() < 0.5,
             num_sms=r.choice([1, 2, 3]),
         )
 
+    def expected(self, rank: int) -> str:
+        """A pattern of what a rank must be told by the odd one's doing."""
+        odd, usual = self.odd, self.usual
+        if self.difference == "nothing":
+            return f"waited {TIMEOUT_SECONDS}.0 s in "
+        if odd.in_words() != usual.in_words():
+            return re.escape(f"called {odd.in_words()}, rank {rank} called {usual.in_words()}.")
+        sizes = zip(odd.sizes(self.num_ranks).items(), usual.sizes(self.num_ranks).values(), strict=True)
+        for (name, theirs), ours in sizes:
+            if theirs != ours:
+                return f"made this call with {name} {theirs}, rank {rank} with {ours}\\."
+        calls = [1 + 2 * (self.num_good + call.routes) for call in (odd, usual)]  # a combine follows each dispatch
+        return rf"used the handle of call {calls[0]} on buffer \d+ of .* rank {rank} the one of call {calls[1]} on "
+
 
 class Player:
-    """One rank: it can make any call, with the results of a good dispatch at hand."""
+    """One rank: it can make any call, with the handles of good dispatches at hand."""
 
     def __init__(self, group: Group, mishap: Mishap) -> None:
-        self.buffer = Buffer(group, num_max_tokens_per_rank=24, hidden=HIDDEN, num_gpu_timeout_secs=TIMEOUT_SECONDS)
+        settings = {"num_max_tokens_per_rank": 24, "hidden": HIDDEN, "num_gpu_timeout_secs": TIMEOUT_SECONDS}
+        self.buffer = Buffer(group, **settings, allow_multiple_reduction=False)
         self.mishap, self.rank = mishap, group.rank()
-        self.result: Any = None
+        self.chance = torch.Generator().manual_seed(mishap.seed * 64 + self.rank)
+        self.handles: list[EPHandle] = []
 
     def call(self, call: Call) -> None:
         """Make a call, wait for its kernels, and ask how it went."""
         if call.operation == "dispatch":
-            self.result = self._dispatch(call)
+            self._dispatch(call)
         elif call.operation == "combine":
-            recv_x, _, recv_weights, handle, _ = self.result
-            self.buffer.combine(recv_x, handle, topk_weights=recv_weights)
+            self._combine(call)
+        elif call.operation == "barrier":
+            self.buffer.barrier()
+            self.buffer.run()
         else:
             self.buffer.run()
         self.buffer.get_comm_stream()  # raises what kernels have left
 
-    def _dispatch(self, call: Call) -> Any:
+    def _dispatch(self, call: Call) -> None:
         num_tokens, num_experts = (5 + self.rank) % 7, call.experts_per_rank * self.buffer.num_ranks
-        chance = torch.Generator().manual_seed(self.mishap.seed * 64 + self.rank)
+        x: Any = torch.randn(num_tokens, call.hidden, generator=self.chance)
+        x = x.bfloat16() if call.num_scales == 0 else (x.to(torch.float8_e4m3fn), x[:, : call.num_scales])
+        weights = torch.rand(num_tokens, call.num_topk, generator=self.chance) if call.with_weights else None
+        expand = self.mishap.expand and self.rank == self.mishap.odd_rank
+        usual: dict[str, Any] = {"topk_weights": weights, "num_sms": self.mishap.num_sms, "do_expand": expand}
         if call.cached:
-            x = torch.randn(num_tokens, call.hidden, generator=chance).bfloat16()
-            weights = torch.rand(num_tokens, call.num_topk, generator=chance)
-            return self.buffer.dispatch(x, topk_weights=weights, handle=self.result[3], num_sms=self.mishap.num_sms)
-        idx = torch.rand(num_tokens, num_experts, generator=chance).argsort(dim=1)[:, : call.num_topk]
-        return self.buffer.dispatch(
-            torch.randn(num_tokens, call.hidden, generator=chance).bfloat16(),
+            self.buffer.dispatch(x, handle=self.handles[call.routes], **usual)
+            return
+        idx = torch.rand(num_tokens, num_experts, generator=self.chance).argsort(dim=1)[:, : call.num_topk]
+        result = self.buffer.dispatch(
+            x,
             topk_idx=idx.to(deep_ep.topk_idx_t),
-            topk_weights=torch.rand(num_tokens, call.num_topk, generator=chance) if call.with_weights else None,
             num_experts=num_experts,
             num_max_tokens_per_rank=call.max_tokens,
-            num_sms=self.mishap.num_sms,
             do_cpu_sync=self.mishap.do_cpu_sync,
+            **usual,
         )
+        self.handles.append(result[3])
+
+    def _combine(self, call: Call) -> None:
+        handle = self.handles[call.routes]
+        handle.do_expand, self.buffer.allow_multiple_reduction = call.expanded, call.multiple_reduction
+        rows = handle.num_expanded_tokens if call.expanded else handle.num_recv_tokens
+        weights = torch.ones(rows) if call.expanded else torch.ones(rows, call.num_topk)
+        x = torch.ones(rows, call.hidden, dtype=torch.bfloat16)
+        self.buffer.combine(x, handle, topk_weights=weights if call.with_weights else None)
 
 
 def play(mishap: Mishap, world: World, toolchain: jit.Gxx) -> list[str]:
@@ -143,12 +250,12 @@ def play(mishap: Mishap, world: World, toolchain: jit.Gxx) -> list[str]:
     def program(group: Group) -> None:
         player = Player(group, mishap)
         for _ in range(mishap.num_good):
-            player.call(USUAL)
-            player.call(Call(operation="combine"))
-        usual = Call(operation="combine") if mishap.in_combine else USUAL
-        odd = DIFFERENCES[mishap.difference][0]
+            player.call(USUALS["dispatch"])
+            player.call(USUALS["combine"])
         try:
-            player.call(odd if group.rank() == mishap.odd_rank else usual)
+            player.call(mishap.odd if group.rank() == mishap.odd_rank else mishap.usual)
+        except (AbandonedError, SimulationError):
+            raise  # nothing that a user is told
         except EPError as error:
             told[group.rank()] = f"{type(error).__name__}: {error}"
             refused(player)
@@ -159,9 +266,9 @@ def play(mishap: Mishap, world: World, toolchain: jit.Gxx) -> list[str]:
 
 def refused(player: Player) -> None:
     """A buffer that was told so does nothing more."""
-    for call in (USUAL, Call(operation="combine")):
+    for name in ("dispatch", "combine", "barrier"):
         with pytest.raises(EPError, match="must be rebuilt on every rank"):
-            player.call(call)
+            player.call(USUALS[name])
 
 
 def check(mishap: Mishap, told: list[str]) -> None:
@@ -174,8 +281,8 @@ def check(mishap: Mishap, told: list[str]) -> None:
         kind = EPError if differs else EPTimeoutError
         assert text.startswith(f"{kind.__name__}: "), f"rank {rank} was told {text!r}"
         if rank != mishap.odd_rank:
-            expected = DIFFERENCES[mishap.difference][1].format(rank=rank)
-            assert expected in text, f"rank {rank} was told {text!r}, without {expected!r}"
+            expected = mishap.expected(rank)
+            assert re.search(expected, text), f"rank {rank} was told {text!r}, without {expected!r}"
             assert f"rank {mishap.odd_rank}" in text, f"rank {rank} was told {text!r}"
 
 

@@ -15,17 +15,20 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from deep_ep import jit
+from deep_ep.errors import EPError
 from deep_ep.jit.toolchain import INCLUDE_DIR
-from deep_ep.machine.world import SimulationError, World
+from deep_ep.machine.world import World
 from tests.elastic import cases, combines
 from tests.elastic.dispatches import Options
-from tests.sim import swarm
+from tests.sim import barriers, mishaps, swarm
 
 MAX_SEEDS = 40
 NUM_RANKS = 2
@@ -43,6 +46,7 @@ class Bug:
         num_tokens: that a rank sends at least; what shows late needs many.
         num_sms: of every call, at most.
         combining: the layout in which it shows.
+        stories: which are told: round trips, and all that is said above goes for these; barriers, or mishaps.
         num_seeds: within which it must be noticed.
         race_detector: whether it takes one; without, a seed takes a fifth of the time.
     """
@@ -56,6 +60,7 @@ class Bug:
     num_tokens: int = 3
     num_sms: int = 3
     combining: combines.Options = combines.PLAIN
+    stories: str = "trips"
     num_seeds: int = MAX_SEEDS
     race_detector: bool = True
 
@@ -136,6 +141,50 @@ BUGS = (
         "start + align_up(count, alignment) + 1", ""),
     Bug("count-oneself-twice", "phases/place.cuh", "before + device::popcount(same & device::lanes_below())",
         "before + device::popcount(same & device::lanes_below()) + 1", ""),
+    # Who asks what the others call, and tells of it.
+    Bug("agree-with-anything", "phases/agree.cuh", "device::ballot(came && theirs != mine)", "device::ballot(false)",
+        "was told '", stories="mishaps", race_detector=False),
+    Bug("agree-whatever-the-handle", "phases/agree.cuh", "came && theirs != mine", "came && item < 5 && theirs != mine",
+        "was told ''", stories="mishaps", num_seeds=64, race_detector=False),
+    Bug("agree-with-the-first-warpful", "phases/agree.cuh", "first < num_words;", "first < 32;",
+        "was told ''", stories="mishaps", num_seeds=128, race_detector=False),
+    Bug("agree-on-the-call-before", "phases/agree.cuh", "plan_word(window, epoch, window.rank,",
+        "plan_word(window, epoch - 1, window.rank,", "in agree: for rank", stories="mishaps", race_detector=False),
+    Bug("agree-with-oneself", "phases/agree.cuh", "plan_word(window, epoch, window.rank, source, item)",
+        "plan_word(window, epoch, window.rank, window.rank, item)", "was told '", stories="mishaps",
+        race_detector=False),
+    Bug("blame-oneself", "phases/agree.cuh", "{.phase = where, .peer = source, .expected = mine}, theirs",
+        "{.phase = where, .peer = source, .expected = theirs}, mine", "without", stories="mishaps",
+        race_detector=False),
+    # Barriers.
+    Bug("barrier-that-waits-for-nobody", "kernels/barrier.cuh", "admit_warp(a.window, epoch + 1, a.patience);", ";",
+        RACE, stories="barriers"),
+    Bug("barrier-that-acquires-nothing", "phases/admit.cuh", "load_acquire_sys", "load_relaxed_sys", RACE,
+        stories="barriers"),
+    Bug("barrier-that-releases-nothing", "phases/retire.cuh", "store_release_sys", "store_relaxed_sys", RACE,
+        stories="barriers"),
+    Bug("claim-in-two-steps", "phases/claims.cuh", "asked_ = device::fetch_add_relaxed_gpu(counter_, 1u);",
+        "asked_ = device::load_relaxed_gpu(counter_), device::store_relaxed_gpu(counter_, asked_ + 1);", "",
+        num_sms=TWO_SENDERS),
+    Bug("look-back-at-all-blocks", "phases/look_back.cuh", "first + j < device::block_idx()", "first + j < team.end()",
+        "", num_sms=TWO_SENDERS),
+    Bug("publish-what-one-block-counted", "phases/publish.cuh", "tables.expert_total[rank", "tables.expert_below[rank",
+        "", num_sms=TWO_SENDERS),
+    Bug("slot-for-a-position", "phases/compose.cuh", "tail.position(k) = choice.position;",
+        "tail.position(k) = choice.slot;", "differs", race_detector=False),
+    # Routes that are known, and what is told about them.
+    Bug("recall-aligned-ends", "phases/recall.cuh", "known.per_expert_end[e] - known.per_expert[e];",
+        "known.per_expert_aligned[e] - known.per_expert[e];", "differs", race_detector=False),
+    Bug("report-counts-of-one-source", "phases/report.cuh", "out.per_expert_end[e] = start + count;",
+        "out.per_expert_end[e] = tables.expert_row[experts_per_rank + e];", "differs", race_detector=False),
+    Bug("statistics-by-every-block", "kernels/dispatch.cuh", "good() && team.own() == 0) add_to_stats(",
+        "good()) add_to_stats(", "", num_sms=TWO_SENDERS),
+    Bug("one-unused-row-unsaid", "phases/blank.cuh", "int64_t(used_rows) * routing.num_topk + thread",
+        "int64_t(used_rows + 1) * routing.num_topk + thread", "", race_detector=False),
+    Bug("rows-of-the-column-before", "phases/results.cuh", "(num_topk + 2) + 2 + k]", "(num_topk + 2) + 1 + k]", "",
+        combining=SUMS, race_detector=False),
+    Bug("second-row-first", "phases/sum.cuh", "    add(a);\n    add(b);\n", "    add(b);\n    add(a);\n", "differs",
+        combining=EVERY_ROW, race_detector=False),
     # From one operation to the next.
     Bug(
         "plan-words-of-all-epochs-in-one-place",
@@ -186,7 +235,8 @@ def patched_toolchain(folder: Path, bug: Bug | None) -> PatchedGxx:
         if count != bug.times:
             raise ValueError(f"{bug.name}: this stands {count} times in {bug.file}, not {bug.times}:\n{bug.old}")
         path.write_text(text.replace(bug.old, bug.new))
-    return PatchedGxx(race_detector=bug is None or bug.race_detector, include=include)
+    race_detector = bug is None or bug.race_detector
+    return PatchedGxx(race_detector=race_detector, include=include, more_include_dirs=(barriers.KERNELS,))
 
 
 def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms: int) -> swarm.Story:
@@ -210,8 +260,10 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
             options=Options(
                 hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True, with_stats=True
             ),
-            again=(Options(hidden, with_weights=True, do_expand=r.random() < 0.5),) * idx,
+            again=(Options(hidden, with_weights=True, do_expand=r.random() < 0.5, do_zero_padding=True),) * idx,
+            repeats_handle=(seed + idx) % 2 == 0,
             combining=combining,
+            do_handle_copy=(seed + idx) % 3 != 0,
         )
         for idx in range(2)
     )
@@ -240,13 +292,33 @@ def find_error(
     Returns:
         how many were told, and the error's text, empty if none did.
     """
+
+    def tell(seed: int, world: World, toolchain: jit.Gxx) -> None:
+        swarm.tell(draw_story(seed, num_tokens, combining, num_sms), world, toolchain)
+
+    return find_error_in(tell, toolchain, num_seeds)
+
+
+def find_error_in(tell: Callable[[int, World, jit.Gxx], Any], toolchain: jit.Gxx, num_seeds: int) -> tuple[int, str]:
+    """The same with other stories."""
     for seed in range(num_seeds):
         with World(race_detector=toolchain.race_detector, timeout_s=60) as world:
             try:
-                swarm.tell(draw_story(seed, num_tokens, combining, num_sms), world, toolchain)
-            except (AssertionError, SimulationError) as error:
+                tell(seed, world, toolchain)
+            except (AssertionError, EPError) as error:
                 return seed + 1, str(error)
     return num_seeds, ""
+
+
+def tell_of_mishap(seed: int, world: World, toolchain: jit.Gxx) -> None:
+    mishap = mishaps.Mishap.draw(seed, toolchain.race_detector)
+    mishaps.check(mishap, mishaps.play(mishap, world, toolchain))
+
+
+OTHER_STORIES: dict[str, Callable[[int, World, jit.Gxx], None]] = {
+    "barriers": barriers.tell,
+    "mishaps": tell_of_mishap,
+}
 
 
 def plant(bug: Bug | None) -> tuple[int, str]:
@@ -255,6 +327,8 @@ def plant(bug: Bug | None) -> tuple[int, str]:
         toolchain = patched_toolchain(Path(folder), bug)
         if bug is None:
             return find_error(toolchain, MANY_TOKENS)
+        if bug.stories in OTHER_STORIES:
+            return find_error_in(OTHER_STORIES[bug.stories], toolchain, bug.num_seeds)
         return find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, bug.num_seeds)
 
 

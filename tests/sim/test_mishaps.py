@@ -7,7 +7,7 @@ import torch
 
 from tests.sim import mishaps
 
-NUM_SEEDS, NUM_RACE_SEEDS, CHUNK = 96, 24, 24
+NUM_SEEDS, NUM_RACE_SEEDS, CHUNK = 2 * len(mishaps.PAIRS), len(mishaps.PAIRS), 16
 
 
 @pytest.fixture(autouse=True)
@@ -23,20 +23,22 @@ def test_everybody_is_told(first: int) -> None:
 
 
 @pytest.mark.race
-@pytest.mark.parametrize("first", range(0, NUM_RACE_SEEDS, CHUNK // 2))
+@pytest.mark.parametrize("first", range(0, NUM_RACE_SEEDS, CHUNK))
 def test_without_races(first: int) -> None:
-    for seed in range(first, first + CHUNK // 2):
+    for seed in range(first, first + CHUNK):
         mishaps.run_seed(seed, race=True)
 
 
 def test_the_draw_covers_what_it_should() -> None:
     drawn = [mishaps.Mishap.draw(seed, race=False) for seed in range(NUM_SEEDS)]
-    assert {mishap.difference for mishap in drawn} == set(mishaps.DIFFERENCES)
-    assert {2, 3, 4, 8} == {mishap.num_ranks for mishap in drawn}
-    assert {mishap.in_combine for mishap in drawn if mishap.difference == "nothing"} == {False, True}
-    assert {mishap.do_cpu_sync for mishap in drawn if mishap.difference == "max_tokens"} == {False, True}
     racing = [mishaps.Mishap.draw(seed, race=True) for seed in range(NUM_RACE_SEEDS)]
-    assert {mishap.difference for mishap in racing} == set(mishaps.DIFFERENCES)
+    everything = {(mishaps.USUALS[usual], difference) for usual, difference in mishaps.PAIRS}
+    for some in (drawn, racing):
+        assert {(mishap.usual, mishap.difference) for mishap in some} == everything
+        assert {mishap.difference for mishap in some} == set(mishaps.DIFFERENCES)
+        assert {mishap.do_cpu_sync for mishap in some} == {mishap.expand for mishap in some} == {False, True}
+    assert {2, 3, 4, 8} == {mishap.num_ranks for mishap in drawn}
+    assert {2, 3} == {mishap.num_ranks for mishap in racing}
 
 
 def test_what_goes_unnoticed_fails(monkeypatch: pytest.MonkeyPatch) -> None:

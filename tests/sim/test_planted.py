@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deep_ep.jit.toolchain import INCLUDE_DIR
 from tests.elastic import combines
 from tests.sim import planted
 
@@ -36,6 +37,12 @@ def test_nothing_is_noticed_where_nothing_is_planted(
 ) -> None:
     toolchain = planted.patched_toolchain(tmp_path, None)
     assert planted.find_error(toolchain, num_tokens, combining, num_sms, NUM_CONTROLS) == (NUM_CONTROLS, "")
+
+
+def test_every_phase_has_a_bug() -> None:
+    """A new header of a phase comes with a bug that only its own lines prevent."""
+    phases = {f"phases/{path.name}" for path in (INCLUDE_DIR / "deep_ep" / "phases").glob("*.cuh")}
+    assert phases - {bug.file for bug in planted.BUGS} == {"phases/tables.cuh"}, "which only says where things are"
 
 
 def test_a_patch_that_no_longer_fits_is_an_error(tmp_path: Path) -> None:

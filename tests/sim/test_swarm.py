@@ -42,15 +42,16 @@ def test_the_draw_covers_what_it_should() -> None:
     drawn = [case for story in stories for case in story.cases]
     assert {1, 2, 3, 4, 8, 16} <= {story.num_ranks for story in stories}
     assert {story.roles for story in stories} == set(swarm.ROLES)
-    assert {"random", "holes", "skewed", "masked", "twice"} == {case.kind for case in drawn}
+    assert {"random", "holes", "skewed", "masked", "twice", "outside"} == {case.kind for case in drawn}
     assert {1, 2, 8, 32} <= {case.num_topk for case in drawn}
     assert {0, 1, 2} == {case.num_biases for case in drawn}
-    assert {case.do_cpu_sync for case in drawn} == {case.with_weights for case in drawn} == {False, True}
-    flags = itertools.product([False, True], repeat=2)
-    assert {case.combining for case in drawn} == {combines.Options(*each) for each in flags}
+    assert {case.exact_sizes for case in drawn} == {case.with_weights for case in drawn} == {False, True}
+    flags = set(itertools.product([False, True], repeat=2))
+    assert {(case.combining.expanded, case.combining.multiple_reduction) for case in drawn} == flags
+    assert {case.barrier for case in drawn} == {False, True}
     options = [each for case in drawn for each in (case.first, *case.again)]
     assert {0, 1, 2} == {len(case.again) for case in drawn}
-    layouts = {(case.do_cpu_sync, case.first.do_expand, each.do_expand) for case in drawn for each in case.again}
+    layouts = {(case.exact_sizes, case.first.do_expand, each.do_expand) for case in drawn for each in case.again}
     assert layouts == set(itertools.product((False, True), repeat=3))
     assert {0, 1, 8} <= {each.num_scales for each in options}
     assert any(each.num_scales > 64 for each in options), "more than a token's lanes hold ahead"

@@ -35,7 +35,7 @@ constexpr Config kConfig{.num_warps = 4};
 struct alignas(8) Pair { uint32_t value, epoch; };
 struct Inner { void* pointers[2]; int count; };
 struct Args { int* x; Inner inner; Pair* pairs; Vector16* vectors; GridBarrier* barrier; Patience patience; int rank; };
-static_assert(sizeof(Args) == 88 && EP_OFFSET(Args, inner.count) == 24 && EP_OFFSET(Args, rank) == 80);
+static_assert(sizeof(Args) == 96 && EP_OFFSET(Args, inner.count) == 24 && EP_OFFSET(Args, rank) == 88);
 
 EP_ENTRY(use_thread, kConfig.num_threads(), Args) {
   const int mine = shared_memory<int>()[thread_idx()] + shared_memory<char>(128)[0];

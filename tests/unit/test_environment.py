@@ -11,7 +11,8 @@ import pytest
 from deep_ep.environment import Environment, read, variable_of
 from deep_ep.errors import EPEnvironmentError
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "environment.md"
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "environment.md"
 SWITCHES = [setting.name for setting in dataclasses.fields(Environment) if setting.type == "Switch"]
 
 
@@ -117,3 +118,25 @@ def _as_documented(value: object) -> str:
     if isinstance(value, Path):
         return f"`{str(value).replace(str(Path.home()), '~')}`"
     return f"`{int(value)}`" if isinstance(value, bool) else f"`{value}`"
+
+
+def test_nothing_else_reads_a_variable() -> None:
+    """But the width of indices, which is fixed at import. (Variables of others, such as CUDA_HOME, are no settings.)"""
+    asks = re.compile(r"\b(?:environ\.get\(|environ\[|getenv\()\W*(EP_\w+)")
+    files = [path for suffix in ("py", "cuh", "hpp", "cpp") for path in (ROOT / "deep_ep").rglob(f"*.{suffix}")]
+    found = {(path.name, name) for path in files for name in asks.findall(path.read_text())}
+    assert found == {("validate.py", "EP_NUM_TOPK_IDX_BITS")}
+
+
+def test_every_variable_that_is_spoken_of_exists() -> None:
+    """In messages, comments, scripts and pages: a name that was changed, or forgotten in the document, shows here."""
+    known = {variable_of(setting.name) for setting in dataclasses.fields(Environment)}
+    examples = {"EP_SIZE", "EP_BUFFER_SIZE", "EP_BUFFER_DEBGU", "EP_NICNAME", "EP_JIT_"}  # of what is none
+    headers = "".join(path.read_text() for path in (ROOT / "deep_ep").rglob("*.cuh"))
+    macros = set(re.findall(r"#define (EP_\w+)", headers))
+    pages = [ROOT / "README.md", ROOT / "Makefile"]
+    for folder, pattern in (("deep_ep", "*.py"), ("docs", "*.md"), ("scripts", "*"), ("benchmarks", "*.py")):
+        pages += [path for path in (ROOT / folder).rglob(pattern) if path.is_file() and "__pycache__" not in path.parts]
+    for page in pages:
+        spoken = set(re.findall(r"\bEP_[A-Z0-9_]+\b", page.read_text()))
+        assert spoken - known - examples - macros == set(), f"{page.name} speaks of variables that do not exist"

@@ -13,7 +13,19 @@ import deep_ep
 from deep_ep.errors import EPError, EPTimeoutError
 from deep_ep.layout import PLAN_WORDS
 from deep_ep.ops.arguments import FaultRecord, PlanFlag
-from deep_ep.ops.faults import DIFFER, FLAGS, OPERATIONS, PHASES, READABLE, SIZES, check_fault
+from deep_ep.ops.faults import (
+    DIFFER,
+    EPOCH_BITS,
+    FLAGS,
+    LOCAL,
+    OPERATIONS,
+    PHASES,
+    READABLE,
+    ROUTES,
+    SIZES,
+    WHY,
+    check_fault,
+)
 
 WIRE = Path(deep_ep.__file__).parent / "include" / "deep_ep" / "wire"
 HEADER, PLAN_HEADER = WIRE / "phase.cuh", WIRE / "plan.cuh"
@@ -43,6 +55,8 @@ def test_says_who_waited_for_whom_where_and_how_long(phase: int) -> None:
     assert text.startswith(f"rank 5 waited 10.5 s in {name}: for ")
     assert "(block 3, thread 65; expected epoch 2147483649, saw 12)" in text
     assert "num_gpu_timeout_secs" in text
+    why = "something else held up this GPU" if phase in LOCAL else f"Rank 1 {WHY[phase]}; its own error or log says"
+    assert why in text
     assert "{" not in text
 
 
@@ -59,10 +73,11 @@ def test_every_phase_of_the_headers_has_words() -> None:
 
 def test_every_word_of_a_plan_has_words() -> None:
     operations, flags = PLAN_HEADER.read_text().split("namespace plan_flag {")
+    assert f"constexpr int kEpochBits = {EPOCH_BITS};" in flags
     constants = re.compile(r"constexpr uint32_t k(\w+) = (\d+);")
     assert {int(number): name.lower() for name, number in constants.findall(operations)} == OPERATIONS
     assert [int(number) for _, number in constants.findall(flags)] == list(PlanFlag) == list(FLAGS)
-    assert len(SIZES) + 1 == PLAN_WORDS
+    assert len(SIZES) + 2 == ROUTES + 1 == PLAN_WORDS
 
 
 def differing(item: int, ours: int, theirs: int) -> str:
@@ -70,18 +85,23 @@ def differing(item: int, ours: int, theirs: int) -> str:
     with pytest.raises(EPError) as caught:
         check_fault(words_of(fault), rank=1)
     assert not isinstance(caught.value, EPTimeoutError)
-    assert "Every rank must make the same calls in the same order, with the same sizes." in str(caught.value)
-    return str(caught.value)
+    text = str(caught.value)
+    assert "Every rank must make the same calls in the same order, with the same sizes and handles." in text
+    return text
 
 
 def test_says_how_calls_differ() -> None:
     text = differing(0, ours=1 | 1 << 8 | 6 << 24, theirs=2 | 8 << 24)
     assert text.startswith("rank 3 called combine (num_topk 8), rank 1 called dispatch (num_topk 6, topk_weights).")
     assert "operation 9" in differing(0, ours=1, theirs=9)
+    text = differing(0, ours=1 | 6 << 24, theirs=3)
+    assert text.startswith("rank 3 called barrier, rank 1 called dispatch (num_topk 6).")
     text = differing(2, ours=128, theirs=64)
     assert text.startswith("rank 3 made this call with num_max_tokens_per_rank 64, rank 1 with 128.")
     for item, size in enumerate(SIZES, start=1):
         assert f"with {size} 5, rank 1 with 4" in differing(item, ours=4, theirs=5)
+    text = differing(ROUTES, ours=2 << EPOCH_BITS | 7, theirs=9)
+    assert text.startswith("rank 3 used the handle of call 9 on buffer 0 of this group, rank 1 the one of call 7 on")
 
 
 def test_the_record_is_as_large_as_devices_write_it() -> None:

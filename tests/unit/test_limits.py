@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deep_ep import layout, plan
+from deep_ep.calls.agreement import MOST_NUMBERS
 from deep_ep.errors import EPCompileError
 from deep_ep.jit import Gxx, Nvrtc, Store, Toolchain, build_files
 from deep_ep.ops.arguments import FaultRecord, Window
@@ -31,6 +32,7 @@ CREWS = {
     for crew in (machine.dispatch.send, machine.dispatch.receive, machine.combine.send, machine.combine_sums.send)
 }
 SOURCE = f"""
+#include <deep_ep/kernels/barrier.cuh>
 #include <deep_ep/kernels/combine.cuh>
 #include <deep_ep/kernels/dispatch.cuh>
 
@@ -42,9 +44,11 @@ static_assert(kMaxBlocks == {layout.MAX_BLOCKS});
 static_assert(kPartialWords == {layout.PARTIAL_WORDS});
 
 static_assert(sizeof(Control) <= {layout.CONTROL_BYTES});
+static_assert(EP_OFFSET(Control, gave_up) == {layout.GAVE_UP_OFFSET});
 static_assert(sizeof(Window) == {ctypes.sizeof(Window)});
 static_assert(message_word::kExperts == {layout.message_words(1) - layout.MAX_EXPERTS});
 static_assert(message_word::kPlanWords == {layout.PLAN_WORDS});
+static_assert(1ull << (32 - kEpochBits) == {MOST_NUMBERS});
 static_assert(sizeof(device::FaultRecord) == {ctypes.sizeof(FaultRecord)});
 
 static_assert(sizeof(Ticket) == {plan.TICKET_BYTES});

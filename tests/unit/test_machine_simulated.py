@@ -247,7 +247,6 @@ def test_wrong_arguments_leave_the_machine_usable(alone: Rank) -> None:
 def test_open_machine_simulates_a_gloo_group(alone: Rank) -> None:
     machine = open_machine(dist.group.WORLD, Environment(), LIMITS)
     assert (machine.name, machine.rank, machine.num_ranks) == ("simulated", 0, 1)
-    machine.barrier()
     machine.meet("to see")
     assert machine.all_gather_object("here", "to say") == ["here"]
     machine.close()

@@ -32,6 +32,7 @@ struct CombineArgs {
   const int32_t* slots;  // [num_tokens, num_topk]
   Results results;
   Combined combined;
+  const uint32_t* routes;   // the handle's number (plan.cuh)
   int32_t plan_flags;       // plan.cuh
   int32_t num_send_blocks;  // 1 to all
   int32_t piece_bytes, stage_bytes;
@@ -49,8 +50,9 @@ EP_DEVICE void send(const CombineArgs& a, uint32_t epoch) {
 template <CombineConfig C>
 EP_DEVICE void combine(const CombineArgs& a) {
   static_assert(C.num_send_warps < C.num_warps, "where every block sends, its other warps add");
+  if (is_broken(a.window)) return;
   const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
-  const Plan plan = plan_of(kCombine, a.plan_flags, a.routing, a.results.record);
+  const Plan plan = plan_of(kCombine, a.plan_flags, a.routing, a.results.record, *a.routes);
   if (device::block_idx() == 0) propose(a.window, epoch, plan);
   if (sends(a.num_send_blocks) && device::warp_idx() < C.num_send_warps) {
     send<C>(a, epoch);

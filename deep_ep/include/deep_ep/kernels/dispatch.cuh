@@ -97,6 +97,7 @@ EP_DEVICE bool place(const DispatchArgs& a, uint32_t epoch, int warp, const Bloc
 
 template <DispatchConfig C>
 EP_DEVICE void dispatch(const DispatchArgs& a) {
+  if (is_broken(a.window)) return;
   const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
   const Tables tables = Tables::at(device::shared_memory<int>(), a.routing.num_experts);
   const bool sender = sends(a.num_send_blocks), receiver = !sender;
@@ -111,7 +112,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
 
   if (device::thread_idx() == 0) device::store_relaxed_gpu(tables.ok, 1);
   device::sync_block();
-  const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, a.record);
+  const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, a.record, kRecalls ? *a.counts.number : 0);
   if (sender && team.own() == 0) propose(a.window, epoch, plan);
   if (sender) admit(a.window, epoch, a.patience, tables.ok);
   const bool placed = kRecalls || a.num_send_blocks == 0 || place(a, epoch, warp, team, range, places, tables);
@@ -127,7 +128,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
       collect(a.window, epoch, experts_per_rank, a.alignment, a.patience, tables);
       if (reports && good()) report_to_host(a.window, experts_per_rank, tables, a.host_words);
       if (receiver && good() && team.own() == 0)
-        report_counts(a.window, experts_per_rank, a.alignment, tables, a.counts);
+        report_counts(a.window, epoch, experts_per_rank, a.alignment, tables, a.counts);
     }
   }
   device::sync_block();

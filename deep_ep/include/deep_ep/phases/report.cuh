@@ -5,6 +5,7 @@
 // leaves behind counts; for the host, released by their first word
 
 #include <deep_ep/phases/collect.cuh>
+#include <deep_ep/wire/plan.cuh>
 
 namespace deep_ep {
 
@@ -14,12 +15,14 @@ struct Counts {
   int32_t* per_expert_aligned;  // [experts_per_rank]  inclusive sums of aligned counts
   int32_t* per_expert_end;      // [experts_per_rank]  where an expert's rows end in the expanded layout, padding apart
   int32_t* per_expert;          // [experts_per_rank]  counts
+  uint32_t* number;             // [1]                 of these routes (plan.cuh)
 };
 
 // After collect(), expert_total[e] is the count of local expert e.
-EP_DEVICE void report_counts(const Window& window, int experts_per_rank, int alignment, const Tables& tables,
-                             const Counts& out) {
+EP_DEVICE void report_counts(const Window& window, uint32_t epoch, int experts_per_rank, int alignment,
+                             const Tables& tables, const Counts& out) {
   const int thread = device::thread_idx();
+  if (thread == 0) *out.number = number_of_routes(window, epoch);
   if (thread < window.num_ranks) out.per_rank[thread] = tables.row_base[thread + 1];
   EP_NO_UNROLL
   for (int e = thread; e < experts_per_rank; e += device::num_threads()) {

@@ -1,6 +1,6 @@
 #pragma once
-// reads         control.blocks_done
-// writes        control.blocks_done, .claimed, .epoch; the peers' control.drained
+// reads         control.blocks_done, .gave_up
+// writes        control.blocks_done, .claimed, .epoch, .broken; the peers' control.drained
 // waits for     nothing: the last block to come here does the work
 // leaves behind at every peer the mark that its records have been read, and here the epoch of the next operation
 
@@ -20,10 +20,12 @@ EP_DEVICE void retire(const Window& window, uint32_t epoch) {
     return;
   device::sync_warp();
   const int lane = device::lane_idx();
+  const uint32_t gave_up = device::load_relaxed_gpu(&own.gave_up);
   if (lane < window.num_ranks && lane != window.rank) {
     device::store_release_sys(&control(window, lane).drained[window.rank], epoch);
   }
   if (lane == 0) {
+    device::store_relaxed_gpu(&own.broken, gave_up);
     device::store_relaxed_gpu(&own.blocks_done, 0u);
     for (uint32_t& claimed : own.claimed) device::store_relaxed_gpu(&claimed, 0u);
     device::store_relaxed_gpu(&own.epoch, epoch);

@@ -11,7 +11,7 @@ namespace deep_ep::message_word {
 
 constexpr int kTokens = 0;
 constexpr int kPlan = 1;
-constexpr int kPlanWords = 5;
+constexpr int kPlanWords = 6;
 constexpr int kExperts = kPlan + 2 * kPlanWords;
 
 }  // namespace deep_ep::message_word

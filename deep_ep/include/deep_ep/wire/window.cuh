@@ -20,7 +20,9 @@ struct Control {
   uint32_t epoch;               // of the last finished operation
   uint32_t blocks_done;         // blocks of the running operation that have finished
   uint32_t claimed[2];          // [queue]: items of the running operation that warps have taken
-  uint32_t reserved[28];        // the words above are this rank's own; peers write the next cache line
+  uint32_t gave_up;             // not 0: some wait of this rank has ended in vain
+  uint32_t broken;              // not 0: and the operation in which it did has ended; nothing is done any more
+  uint32_t reserved[26];        // the words above are this rank's own; peers write the next cache line
   uint32_t drained[kMaxRanks];  // [r]: the last operation in which rank r has read all that this rank sent to it
 };
 
@@ -32,10 +34,17 @@ struct Window {
   int32_t rank, num_ranks;
   int32_t slots_per_source;                    // arrival marks that the region holds for each source
   int32_t message_words;                       // words of one Message
+  int32_t number;                              // of the buffer, among those that the same ranks have built
   uint64_t partials, messages, arrived, rows;  // offsets in bytes
 };
 
 EP_DEVICE Control& control(const Window& window, int at) { return *reinterpret_cast<Control*>(window.base[at]); }
+
+// What a rank's failed operation has left, places of tokens for one, is anything. Calls may be queued behind it, or be
+// replayed in a graph, before any host knows: they do nothing. The same for all threads of an operation.
+EP_DEVICE bool is_broken(const Window& window) {
+  return device::load_relaxed_gpu(&control(window, window.rank).broken) != 0;
+}
 
 // What block `block` of this rank counted, and, last, that it has settled its tokens' places.
 constexpr int kPartialWords = kMaxExperts + kMaxRanks + 1;

@@ -23,6 +23,7 @@ struct Patience {
   FaultRecord* fault;        // [2]: the fault; behind it a notice of who waits long, and goes on waiting
   std::uint64_t timeout_ns;  // 0: forever, or until another thread's fault
   std::uint64_t notice_ns;   // less than the timeout; 0: never
+  std::uint32_t* gave_up;    // in this GPU's memory, or null: set once a wait has ended in vain
 };
 
 // What a wait is for.
@@ -81,12 +82,19 @@ EP_DEVICE void record_wait(FaultRecord* record, const Waiting& waiting, std::uin
   store_release_sys(&record->state, 2u, site);
 }
 
+// Leaves word for whoever must not go by what this thread leaves undone. Always false.
+EP_DEVICE bool give_up(const Patience& patience, const sim::Site& site) {
+  if (patience.gave_up != nullptr) store_relaxed_gpu(patience.gave_up, 1u, site);
+  return false;
+}
+
 }  // namespace detail
 
 // Records a fault that is no timeout: this thread saw something that must not be. All waits of this GPU give up soon.
 EP_DEVICE void fault(const Patience& patience, const Waiting& waiting, std::uint32_t seen,
                      sim::Site site = sim::Site::current()) {
   detail::record_wait(patience.fault, waiting, seen, 0, site);
+  detail::give_up(patience, site);
 }
 
 // Polls `load() -> uint32_t` until it equals `waiting.expected`: true. False after the timeout, which it records, or
@@ -104,13 +112,13 @@ EP_DEVICE bool wait_until_equals(const Patience& patience, const Waiting& waitin
     const bool is_over = has_arrived || load_relaxed_sys(&patience.fault->state, site) != 0;
     if (is_over) {
       sim::end_poll();
-      return has_arrived;
+      return has_arrived || detail::give_up(patience, site);
     }
     const std::uint64_t deadline_ns = limit_ns == 0 ? sim::kNever : start_ns + limit_ns;
     if (sim::park_poll({"a word", site, &waiting, seen, deadline_ns})) continue;
     const bool gives_up = limit_ns == patience.timeout_ns;
     detail::record_wait(patience.fault + (gives_up ? 0 : 1), waiting, seen, clock_ns() - start_ns, site);
-    if (gives_up) return false;
+    if (gives_up) return detail::give_up(patience, site);
     limit_ns = patience.timeout_ns;
   }
 }

@@ -23,6 +23,7 @@ struct Patience {
   FaultRecord* fault;        // [2]: the fault; behind it a notice of who waits long, and goes on waiting
   std::uint64_t timeout_ns;  // 0: forever, or until another thread's fault
   std::uint64_t notice_ns;   // less than the timeout; 0: never
+  std::uint32_t* gave_up;    // in this GPU's memory, or null: set once a wait has ended in vain
 };
 
 // What a wait is for.
@@ -58,11 +59,18 @@ EP_DEVICE void record_wait(FaultRecord* record, const Waiting& waiting, std::uin
   store_release_sys(&record->state, 2u);
 }
 
+// Leaves word for whoever must not go by what this thread leaves undone. Always false.
+EP_DEVICE bool give_up(const Patience& patience) {
+  if (patience.gave_up != nullptr) store_relaxed_gpu(patience.gave_up, 1u);
+  return false;
+}
+
 }  // namespace detail
 
 // Records a fault that is no timeout: this thread saw something that must not be. All waits of this GPU give up soon.
 EP_DEVICE void fault(const Patience& patience, const Waiting& waiting, std::uint32_t seen) {
   detail::record_wait(patience.fault, waiting, seen, 0);
+  detail::give_up(patience);
 }
 
 // Polls `load() -> uint32_t` until it equals `waiting.expected`: true. False after the timeout, which it records, or
@@ -80,12 +88,12 @@ EP_DEVICE bool wait_until_equals(const Patience& patience, const Waiting& waitin
       seen = load();
       if (seen == waiting.expected) return true;
     }
-    if (load_relaxed_sys(&patience.fault->state) != 0) return false;
+    if (load_relaxed_sys(&patience.fault->state) != 0) return detail::give_up(patience);
     const std::uint64_t waited_ns = clock_ns() - start_ns;
     if (limit_ns == 0 || waited_ns < limit_ns) continue;
     const bool gives_up = limit_ns == patience.timeout_ns;
     detail::record_wait(patience.fault + (gives_up ? 0 : 1), waiting, seen, waited_ns);
-    if (gives_up) return false;
+    if (gives_up) return detail::give_up(patience);
     limit_ns = patience.timeout_ns;
   }
 }

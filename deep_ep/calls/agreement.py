@@ -1,0 +1,64 @@
+"""What the ranks of a buffer must have in common, compared when they build it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from deep_ep import jit
+from deep_ep.errors import EPError
+from deep_ep.machine import Machine
+
+MOST_NUMBERS = 1 << 12  # of buffers, before they begin again (kEpochBits in include/deep_ep/wire/plan.cuh)
+
+_num_built: dict[tuple[int, ...], int] = {}  # buffers of this process, by the ranks of their group
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of a buffer that are the same on all ranks, or calls would go wrong later."""
+
+    num_bytes: int
+    num_max_tokens_per_rank: int
+    allow_multiple_reduction: bool
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What one rank says of itself."""
+
+    version: str
+    settings: Settings
+    num_built: int
+
+
+def agree_to_build(machine: Machine, group_ranks: tuple[int, ...], settings: Settings) -> int:
+    """Compare what the ranks are about to build. Collective.
+
+    Returns:
+        the buffer's number among those of these ranks, the same on all of them.
+
+    Raises:
+        EPError: ranks run different versions of this package.
+        ValueError: their settings differ.
+    """
+    digest = jit.digest_of_headers(jit.INCLUDE_DIR)
+    own = Statement(digest, settings, _num_built.get(group_ranks, 0))
+    said = machine.all_gather_object(own, "to compare their settings")
+    for rank, other in enumerate(said):
+        if other.version != said[0].version:
+            raise EPError(
+                f"ranks run different versions of deep_ep: rank 0 has headers {said[0].version}, rank {rank} "
+                f"{other.version}; install the same one for all of them"
+            )
+    for field in dataclasses.fields(Settings):
+        values = [getattr(other.settings, field.name) for other in said]
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                raise ValueError(
+                    f"{field.name} must be the same on all ranks, but it is {values[0]} on rank 0 and {value} on rank "
+                    f"{rank} of the group; pass one value on all of them"
+                )
+    number = max(other.num_built for other in said)
+    _num_built[group_ranks] = number + 1
+    return number % MOST_NUMBERS

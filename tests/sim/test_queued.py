@@ -1,0 +1,91 @@
+"""Calls that are queued behind one that fails, as without CPU sync and in CUDA graphs: they must not go by what it has
+left, which is anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deep_ep
+from deep_ep import EPError, jit
+from deep_ep.machine.world import World
+from tests.sim import planted
+from tests.sim.ranks import Buffer, Group, Ranks, Settings
+from tests.sim.swarm import ROLES
+
+TOKENS, HIDDEN, EXPERTS = 6, 64, 4
+ANYTHING = (0x12345678, -1, 0)  # what fresh memory may hold
+
+
+def call_all(buffer: Buffer, num_max_tokens: int, expanded: bool) -> None:
+    """A dispatch, one by its handle, and a combine, before any of them has run."""
+    x = torch.ones(TOKENS, HIDDEN, dtype=torch.bfloat16)
+    idx = (torch.arange(2 * TOKENS).reshape(TOKENS, 2) % EXPERTS).to(deep_ep.topk_idx_t)
+    sizes: dict[str, Any] = {"num_experts": EXPERTS, "num_max_tokens_per_rank": num_max_tokens}
+    handle = buffer.dispatch(x, topk_idx=idx, do_cpu_sync=False, **sizes)[3]
+    rows = buffer.dispatch(x, handle=handle, do_expand=expanded)[0]
+    assert isinstance(rows, torch.Tensor)
+    buffer.combine(torch.ones_like(rows), handle)
+
+
+def play(toolchain: jit.Gxx, expanded: bool, second_comes: bool) -> list[str]:
+    """What two ranks are told, of which the second makes other calls or none."""
+    told = ["", ""]
+
+    def program(group: Group) -> None:
+        buffer = Buffer(group, num_max_tokens_per_rank=24, hidden=HIDDEN, num_gpu_timeout_secs=7)
+        buffer.overlaps = True
+        if group.rank() == 0 or second_comes:
+            call_all(buffer, 24 - 8 * group.rank(), expanded)
+        buffer.run()
+        try:
+            buffer.get_comm_stream()
+        except EPError as error:
+            told[group.rank()] = str(error)
+
+    with World() as world:
+        Ranks(world, 2, Settings(toolchain, 1 << 16, (3, 3), {}, "expire")).run(ROLES[0], program)
+    return told
+
+
+@pytest.fixture(autouse=True)
+def _one_torch_thread() -> None:
+    torch.set_num_threads(1)  # the ranks are threads already
+
+
+@pytest.fixture(params=ANYTHING, ids=hex)
+def _fresh_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a dispatch is to write places and counts, there is something already."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(self: torch.Tensor, *sizes: Any, **how: Any) -> torch.Tensor:
+        tensor = new_empty(self, *sizes, **how)
+        return tensor.fill_(request.param) if tensor.dtype == torch.int32 else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+@pytest.mark.usefixtures("_fresh_memory")
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("second_comes", [False, True])
+def test_only_the_failure_is_told(expanded: bool, second_comes: bool) -> None:
+    first, second = play(jit.Gxx(), expanded, second_comes)
+    if second_comes:
+        assert "made this call with num_max_tokens_per_rank 16, rank 0 with 24" in first
+        assert "made this call with num_max_tokens_per_rank 24, rank 1 with 16" in second
+    else:
+        assert "rank 0 waited 7.0 s in " in first
+        assert second == ""
+
+
+@pytest.mark.usefixtures("_fresh_memory")
+@pytest.mark.parametrize("_fresh_memory", ANYTHING[:1], indirect=True)
+def test_who_goes_on_crashes(tmp_path: Path) -> None:
+    """The planted bug: a combine that does not look whether the buffer is broken."""
+    gone = "  if (is_broken(a.window)) return;\n"
+    bug = planted.Bug("goes-on", "kernels/combine.cuh", gone, "", "", race_detector=False)
+    with pytest.raises(EPError, match=r"simulated launch failed with seed \d+: crash"):
+        play(planted.patched_toolchain(tmp_path, bug), expanded=True, second_comes=True)
