@@ -61,10 +61,14 @@ struct DispatchArgs {
   int32_t tables_bytes;  // and mailboxes
 };
 
-// Finds the slots and positions of this rank's tokens and tells all ranks. The team's blocks tell the counts as soon as
-// they are known. Collective over the block; returns, to all threads alike, whether the counts of all blocks came.
+// One warp of a block asks what the others call, the last: the first ones have more to do.
+EP_DEVICE bool asks_others() { return device::warp_idx() == device::num_threads() / 32 - 1; }
+
+// Finds the slots and positions of this rank's tokens and tells all ranks: the counts as soon as they are known; labels,
+// which lie where this call's sizes say, once all ranks agree on those. Collective over the block; returns, to all
+// threads alike, whether they do, and the counts of all blocks came.
 template <PlacesFrom kFrom>
-EP_DEVICE bool tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, const Tables& tables) {
+EP_DEVICE bool tell(const DispatchArgs& a, uint32_t epoch, const Plan& plan, const Blocks& team, const Tables& tables) {
   const int warp = device::warp_idx();
   const bool counts_tokens = warp < a.num_count_warps;
   const Range range = part_of({0, a.routing.num_tokens}, team.own(), team.count);
@@ -87,9 +91,16 @@ EP_DEVICE bool tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
     }
   }
   device::sync_block();
-  const bool all_came = device::load_relaxed_gpu(tables.ok) != 0;  // nobody takes it back before the next sync_block
-  if (all_came) {
-    if (kFrom == PlacesFrom::kSelections) publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
+  // Nobody takes `ok` back between its being looked at and the next sync_block.
+  const bool all_came = device::load_relaxed_gpu(tables.ok) != 0;
+  if (all_came && kFrom == PlacesFrom::kSelections) {
+    publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
+  }
+  device::sync_block();
+  if (asks_others() && !agree(a.window, epoch, plan, a.patience)) device::store_relaxed_gpu(tables.ok, 0);
+  device::sync_block();
+  const bool all_agree = device::load_relaxed_gpu(tables.ok) != 0;
+  if (all_agree) {
     if (counts_tokens) {
       route<kFrom>({a.window, a.routing, a.record, a.weights, a.slots, counts, tables, warp}, epoch, share);
     }
@@ -97,7 +108,7 @@ EP_DEVICE bool tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
   }
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
   device::sync_block();
-  return all_came;
+  return all_agree;
 }
 
 template <DispatchConfig C>
@@ -116,20 +127,21 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   if (device::thread_idx() == 0) device::store_relaxed_gpu(tables.ok, 1);
   if (sender) open_mailboxes(boxes, C.num_send_warps);
   device::sync_block();
-  const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, a.record, kRecalls ? *a.counts.number : 0);
+  const Record said{a.record.row_bytes, a.scales.bytes()};  // not rounded up
+  const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, said, kRecalls ? *a.counts.number : 0);
   if (sender && device::block_idx() == 0) propose(a.window, epoch, plan);
   if (sender || counts) admit(a.window, epoch, a.patience, tables.ok);
   bool told = true;
   if (counts) {
     device::sync_block();
-    told = tell<C.places_from>(a, epoch, counters, tables);
+    told = tell<C.places_from>(a, epoch, plan, counters, tables);
   }
 
   const bool reports = counts && a.host_words != nullptr && counters.own() == 0;
   if ((receiver || reports) && told) {
-    // The last warp looks at the plans, while the first ones load the counts.
-    const bool asks = warp == device::num_threads() / 32 - 1;
-    if (asks && !agree(a.window, epoch, plan, a.patience)) device::store_relaxed_gpu(tables.ok, 0);
+    if (!counts && asks_others() && !agree(a.window, epoch, plan, a.patience)) {
+      device::store_relaxed_gpu(tables.ok, 0);
+    }
     learn_tokens(a.window, epoch, a.patience, tables);
     if constexpr (kRecalls) {
       recall(a.window, experts_per_rank, a.counts, tables);
