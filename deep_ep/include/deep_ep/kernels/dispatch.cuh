@@ -11,6 +11,7 @@
 // pushes run; in the first half those who have counted then send too. With the handle of an earlier dispatch all places
 // are known and no counts are exchanged.
 
+#include <deep_ep/kernels/dispatch_args.cuh>
 #include <deep_ep/phases/admit.cuh>
 #include <deep_ep/phases/agree.cuh>
 #include <deep_ep/phases/blank.cuh>
@@ -27,39 +28,6 @@
 #include <deep_ep/wire/blocks.cuh>
 
 namespace deep_ep {
-
-struct DispatchConfig {
-  int num_send_warps;   // of a sending block
-  int num_send_stages;  // of each of their rings (ring.cuh)
-  int num_send_storing;
-  int num_receive_warps;  // of a receiving block
-  int num_receive_stages;
-  int num_receive_storing;
-  PlacesFrom places_from;
-};
-
-struct DispatchArgs {
-  Window window;
-  device::Patience patience;
-  Routing routing;
-  Record record;
-  Rows rows;
-  const float* weights;  // [num_tokens, num_topk] or null
-  Scales scales;         // [num_tokens, count]
-  int32_t* slots;        // [num_tokens, num_topk]: what this call finds, or a handle's
-  Received received;
-  Counts counts;
-  void* kept_idx;       // [num_tokens, num_topk], null or where a copy of topk_idx goes
-  int32_t* stats;       // [experts_per_rank] or null: grows by what each local expert receives
-  int32_t* host_words;  // null, or where the counts are reported to the host
-  int32_t alignment;
-  int32_t plan_flags;         // plan.cuh
-  int32_t num_count_warps;    // of a counting block: as many as have room for their counts (plan.py)
-  int32_t first_count_block;  // it and those behind it count; none, if their number is reached
-  int32_t num_send_blocks;    // the others receive
-  int32_t send_piece_bytes, send_stage_bytes, receive_piece_bytes, receive_stage_bytes;
-  int32_t tables_bytes;  // and mailboxes
-};
 
 // One warp of a block asks what the others call, the last: the first ones have more to do.
 EP_DEVICE bool asks_others() { return device::warp_idx() == device::num_threads() / 32 - 1; }
