@@ -42,7 +42,7 @@ MAY_IMPORT = {
 MAY_INCLUDE = {
     "wire": ("wire/", "device/device.cuh", "limits.cuh"),
     "phases": ("phases/", "wire/", "device/device.cuh", "limits.cuh"),
-    "kernels": ("phases/", "wire/", "device/device.cuh", "limits.cuh"),
+    "kernels": ("kernels/", "phases/", "wire/", "device/device.cuh", "limits.cuh"),
 }
 ONLY_IN_DEVICE = re.compile(r"\b(asm|threadIdx|blockIdx|blockDim|gridDim|__shfl\w*|nccl\w*|clock64|printf)\b")
 PHASE_OPENING = ("reads", "writes", "waits for", "leaves behind")
