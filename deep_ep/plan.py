@@ -129,7 +129,7 @@ ROLES = {
     "cuda": RolesOfMachine(
         dispatch=Roles(
             send=Crew(9, 3, 1),
-            receive=Crew(28, 1, 0),
+            receive=Crew(9, 3, 1),
             send_cost=1.25,
             expanded_send_cost=1.6,
             tokens_per_counter=256,

@@ -158,7 +158,7 @@ def a_rank_that_comes_late(job: Job) -> None:
         text, seconds = job.told(job.dispatch)  # what its peers had sent before they gave up may even be enough
         told = (f"ranks [{ODD}] did not come to a launch", " waited ")  # simulated ranks at once, GPUs in vain
         assert text == "" or any(words in text for words in told), text
-        assert seconds < LIMIT_SECONDS
+        assert seconds < 2 * LIMIT_SECONDS
     else:
         text, seconds = job.told(job.dispatch)
         assert f" for rank {ODD} " in text, text
