@@ -87,5 +87,7 @@ def test_who_goes_on_crashes(tmp_path: Path) -> None:
     """The planted bug: a combine that does not look whether the buffer is broken."""
     gone = "  if (is_broken(a.window)) return;\n"
     bug = planted.Bug("goes-on", "kernels/combine.cuh", gone, "", "", race_detector=False)
-    with pytest.raises(EPError, match=r"simulated launch failed with seed \d+: crash"):
+    with pytest.raises(
+        EPError, match=r"simulated launch failed with seed \d+: (crash|an access to .* no memory of this world)"
+    ):
         play(planted.patched_toolchain(tmp_path, bug), expanded=True, second_comes=True)
