@@ -25,7 +25,7 @@ lint: tools
 	find deep_ep -regex '.*\.\(cuh\|hpp\|cpp\)' -exec $(BIN)/clang-format --dry-run -Werror {} +
 
 # Speed, on a host with GPUs.
-bench: venv
+bench: plots
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node gpu -m benchmarks.ep
 
 venv: .venv/ready

@@ -101,7 +101,7 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
       const float* tail = reinterpret_cast<const float*>(row + record.row_bytes);
       if (out.weights != nullptr) weight = tail[kOwnRecord ? 0 : lane];
     }
-    const bool there = own_row >= 0 || (chosen && !own);  // own rows may be lost (place.cuh)
+    const bool there = own_row >= 0 || (chosen && !own);  // own rows may be lost (land.cuh)
     Parts parts{device::ballot(there && (kReturn == Return::kEveryRow || selection.speaks)), 0, 0, row};
     if constexpr (kReturn == Return::kSum) {
       parts.own = device::ballot(own && there);
