@@ -126,11 +126,15 @@ class Dispatch:
 
     def _call(self, buffer: deep_ep.ElasticBuffer, device: torch.device, arguments: dict[str, Any]) -> Any:
         """Nobody holds what is given to the call once this has returned."""
-        options, tensors = self.options, self.options.tensors(self.inputs[buffer.rank_idx], device)
-        x, scales, idx, weights, self.stats = self.moment.late(*tensors, self.stats)
+        options = self.options
+        x, scales, idx, weights = options.tensors(self.inputs[buffer.rank_idx], device)
+        if "handle" in arguments:  # which holds them
+            idx = None
+        # What comes late here must go into the call: what nobody holds might still be written when it is other memory.
+        x, scales, idx, weights, self.stats = self.moment.late(x, scales, idx, weights, self.stats)
         return buffer.dispatch(
             x if scales is None else (x, scales),
-            topk_idx=None if "handle" in arguments else idx,
+            topk_idx=idx,
             topk_weights=weights,
             use_tma_aligned_col_major_sf=options.col_major_scales,
             cumulative_local_expert_recv_stats=self.stats,

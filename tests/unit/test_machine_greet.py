@@ -180,6 +180,7 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     kernel = greet_kernel(Path(tempfile.mkdtemp()))
+    store, *_ = next(dist.rendezvous("env://"))
     for step, (backend, settings, eager) in enumerate(
         [
             ("nccl", {}, False),
@@ -188,7 +189,10 @@ def main() -> None:
         ]
     ):
         start_s = time.monotonic()
-        dist.init_process_group(backend, device_id=device if eager else None)
+        own = dist.PrefixStore(f"step {step}", store)  # NCCL's identifiers of the groups before stay in the store
+        dist.init_process_group(
+            backend, store=own, rank=rank, world_size=num_ranks, device_id=device if eager else None
+        )
         assert dist.group.WORLD is not None
         machine = open_machine(dist.group.WORLD, read({**os.environ, **settings}), Limits())
         greet(machine, kernel, num_rounds=20, stream=machine.comm_stream)
