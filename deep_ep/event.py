@@ -101,8 +101,30 @@ class Timing:
     allocate_on_comm_stream: bool
 
 
+@dataclass
+class CallEnd:
+    """Where a call's last launch stands: its stream, and an event behind it; both None before the first call."""
+
+    capture: int
+    stream: torch.cuda.Stream | None = None
+    event: torch.cuda.Event | None = None
+    _own: torch.cuda.Event | None = None  # recorded again and again: a wait is for what was recorded when it was asked
+
+    def note(self, stream: torch.cuda.Stream, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
+        """A call ends here; ``event`` is what it has recorded there itself. Returns the event."""
+        if event is None:
+            if self._own is None:
+                self._own = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._own.record(stream)
+            event = self._own
+        self.stream, self.event = stream, event
+        return event
+
+
 class LastCall:
-    """The stream of a buffer's call before, so that no two of its calls overlap, whatever their streams.
+    """The end of a buffer's call before, so that no two of its calls overlap, whatever their streams.
+
+    An event stands for it, not its stream: what was queued there since is none of the next call's business.
 
     Calls inside a CUDA graph capture do not run yet. They are ordered among themselves, by events inside the capture:
     an event of a capture must not be waited for outside of it, nor one from outside inside. What orders replays of the
@@ -110,16 +132,15 @@ class LastCall:
     """
 
     def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._captured: tuple[int, torch.cuda.Stream | None] = (0, None)
+        self._ran, self._captured = CallEnd(0), CallEnd(0)
 
-    def replace(self, stream: torch.cuda.Stream, capture: int) -> torch.cuda.Stream | None:
-        """Note a call on ``stream``, in the capture of that number (0: in none); returns what it must wait for."""
+    def of(self, capture: int) -> CallEnd:
+        """The last one in the capture of that number (0: in none), where the next call is noted too."""
         if capture == 0:
-            before, self._stream = self._stream, stream
-            return before
-        (same, before), self._captured = self._captured, (capture, stream)
-        return before if same == capture else None
+            return self._ran
+        if self._captured.capture != capture:
+            self._captured = CallEnd(capture)
+        return self._captured
 
 
 class CallOrder:
@@ -150,19 +171,20 @@ class CallOrder:
         self._beside = asynchronous or self._previous is not None
         self.stream = comm_stream if self._beside else self._current
         """Where the call's kernels run; None on simulated ranks."""
+        self._last = CallEnd(0)
 
     def begin(self, last_call: LastCall, capture: int) -> None:
         """Make the stream wait for the inputs, and for the buffer's call before this one.
 
         Args:
-            last_call: of the buffer; this call takes its place.
+            last_call: of the buffer; end() lets this call take its place.
             capture: the number of the CUDA graph capture that the current stream takes part in, or 0.
         """
         if self.stream is None or self._current is None:
             return
-        last = last_call.replace(self.stream, capture)
-        if last is not None and last != self.stream:
-            self.stream.wait_stream(last)
+        self._last = last = last_call.of(capture)
+        if last.event is not None and last.stream != self.stream:
+            self.stream.wait_event(last.event)
         if self._previous is not None:
             self.stream.wait_event(self._previous)
         elif self._beside:
@@ -196,6 +218,7 @@ class CallOrder:
         if self.stream is None or self._current is None:
             return EventOverlap(EventHandle.inert() if self._asynchronous else None)
         if not self._beside:
+            self._last.note(self.stream)
             return EventOverlap()
         written = [tensor for tensor in outputs if tensor is not None]
         # Also with keep_in_event. Outputs outlive the event, and those of the communication stream's pool go back there
@@ -204,10 +227,11 @@ class CallOrder:
         for tensor in written:
             tensor.record_stream(self._current)
         if not self._asynchronous:
-            self._current.wait_stream(self.stream)
+            self._current.wait_event(self._last.note(self.stream))
             return EventOverlap()
         living = [*(tensor for tensor in inputs if tensor is not None), *written]
         event = EventHandle.on(self.stream)
+        self._last.note(self.stream, event.event)
         if self._keep_in_event:
             return EventOverlap(event, living)
         for tensor in living:

@@ -26,6 +26,11 @@ class FakeStream:
     def __init__(self, name: str, log: Log) -> None:
         self.name, self.log = name, log
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FakeStream) and other.name == self.name
+
+    __hash__ = None  # type: ignore[assignment]
+
     def wait_stream(self, other: FakeStream) -> None:
         self.log.lines.append(f"{self.name} waits for {other.name}")
 
@@ -155,7 +160,7 @@ def test_previous_event_stands_for_the_current_stream(log: Log) -> None:
     order.begin(LastCall(), 0)
     assert log.lines == ["comm waits for event on compute"]
     order.end([], [])
-    assert log.lines[1:] == ["compute waits for comm"]
+    assert log.lines[1:] == ["compute waits for event on comm"]
 
 
 def test_previous_event_that_is_empty(log: Log) -> None:
@@ -168,16 +173,62 @@ def test_previous_event_that_is_empty(log: Log) -> None:
     assert log.lines == ["comm waits for compute"]
 
 
+def call(log: Log, last: LastCall, capture: int = 0, **timing: Any) -> list[str]:
+    """A call from begin to end on the current stream; returns what was waited for."""
+    log.lines.clear()
+    order = order_of(log, **timing)
+    order.begin(last, capture)
+    waits = list(log.lines)
+    order.end([], [])
+    return waits
+
+
 def test_one_call_after_the_other(log: Log) -> None:
     """Two calls of a buffer never overlap, whatever their streams."""
     last = LastCall()
     log.current = FakeStream("elsewhere", log)
-    order_of(log).begin(last, 0)
+    assert call(log, last) == []
     log.current = FakeStream("compute", log)
-    order_of(log).begin(last, 0)
-    assert log.lines == ["compute waits for elsewhere"]
-    order_of(log).begin(last, 0)
-    assert len(log.lines) == 1, "the same stream is in order by itself"
+    assert call(log, last) == ["compute waits for event on elsewhere"]
+
+
+def test_the_same_stream_is_in_order_by_itself(log: Log) -> None:
+    last = LastCall()
+    for _ in range(2):
+        assert call(log, last) == []
+    for _ in range(2):
+        assert call(log, last, asynchronous=True)[-1] == "comm waits for compute"
+
+
+def test_what_was_queued_behind_the_last_call_is_not_waited_for(log: Log) -> None:
+    """It ran on the compute stream, on which something long may have been queued since."""
+    last = LastCall()
+    for before in ({}, {"asynchronous": True}, {"previous": EventHandle()}):
+        call(log, last, **before)
+        for now in ({"previous": EventHandle()}, {"previous": EventHandle(), "asynchronous": True}):
+            waits = call(log, last, **now)
+            assert waits
+            assert all(wait == "comm waits for event on compute" for wait in waits)
+
+
+def test_a_call_that_ended_before_its_launch_is_not_the_last(log: Log) -> None:
+    last = LastCall()
+    call(log, last)
+    order_of(log, asynchronous=True).begin(last, 0)
+    log.current = FakeStream("elsewhere", log)
+    assert call(log, last) == ["elsewhere waits for event on compute"]
+
+
+def test_an_event_that_was_handed_out_is_not_recorded_again(log: Log) -> None:
+    last = LastCall()
+    order = order_of(log, asynchronous=True)
+    order.begin(last, 0)
+    handed = order.end([], []).event
+    assert handed is not None
+    assert isinstance(handed.event, FakeEvent)
+    log.current = FakeStream("elsewhere", log)
+    call(log, last)
+    assert handed.event.stream == "comm"
 
 
 def test_order_inside_and_outside_of_captures(log: Log) -> None:
@@ -185,17 +236,15 @@ def test_order_inside_and_outside_of_captures(log: Log) -> None:
 
     def call_on(name: str, capture: int) -> list[str]:
         log.current = streams[name]
-        log.lines.clear()
-        order_of(log).begin(last, capture)
-        return list(log.lines)
+        return call(log, last, capture)
 
     last = LastCall()
     streams = {name: FakeStream(name, log) for name in "abc"}
     assert call_on("a", 0) == []
     assert call_on("b", 7) == [], "the call before ran outside"
-    assert call_on("c", 7) == ["c waits for b"]
-    assert call_on("b", 0) == ["b waits for a"], "the last call that ran, not the one that was captured"
-    assert call_on("b", 7) == ["b waits for c"]
+    assert call_on("c", 7) == ["c waits for event on b"]
+    assert call_on("b", 0) == ["b waits for event on a"], "the last call that ran, not the one that was captured"
+    assert call_on("b", 7) == ["b waits for event on c"]
     assert call_on("a", 8) == [], "another capture"
 
 
