@@ -356,7 +356,7 @@ class ElasticBuffer:
         self._end().destroy()
 
     def __del__(self) -> None:
-        # No collective step here, and nothing that a CUDA graph being captured could trip over.
+        # No collective step here, and nothing that a CUDA graph being captured, on any thread, could trip over.
         endpoint = getattr(self, "_endpoint", None)
         if endpoint is None or endpoint.closed:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from deep_ep.waiting import Watch, notice_seconds
 logger = logging.getLogger("deep_ep")
 
 ABANDONED: list[Endpoint] = []  # whose memory is kept to the process's end
+PARKED: list[Endpoint] = []  # of buffers that were dropped; free_parked() gives their memory back
 HOST_COUNTS = 2  # host words before the experts' counts: ready, rows
 BROKEN_SECONDS = 5.0  # how long ranks whose buffer is broken wait for each other before they give their memory back
 
@@ -46,6 +48,7 @@ class Endpoint:
 
     def __init__(self, group: dist.ProcessGroup, settings: Settings, cpu_timeout: float, gpu_timeout: float) -> None:
         installation.check()
+        free_parked()
         self.environment = environment.read()
         self.rank, self.num_ranks = group.rank(), group.size()
         self.group_ranks = tuple(dist.get_process_group_ranks(group))
@@ -60,12 +63,17 @@ class Endpoint:
 
         self.machine: Machine = open_machine(group, self.environment, Limits(cpu_timeout, gpu_timeout))
         try:
-            self._prepare_together()
-            number = agree_to_build(self.machine, self.group_ranks, settings)
-            self.window = self.machine.allocate_window(settings.num_bytes)
-        except Exception:
-            self.machine.close()
+            self._build(settings, gpu_timeout)
+        except BaseException:  # Ctrl-C too
+            with contextlib.suppress(Exception):
+                self.machine.close()
             raise
+
+    def _build(self, settings: Settings, gpu_timeout: float) -> None:
+        """All that takes a machine. Collective."""
+        self._prepare_together()
+        number = agree_to_build(self.machine, self.group_ranks, settings)
+        self.window = self.machine.allocate_window(settings.num_bytes)
         self.device = self.machine.device
         self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
         self.shared_limit = self.machine.shared_bytes_per_block
@@ -99,6 +107,8 @@ class Endpoint:
         """This endpoint, or the reason why it can do nothing more."""
         if self.closed:
             raise ValueError("this buffer was destroyed; build a new ElasticBuffer")
+        if PARKED:
+            free_parked()
         if self._broken is None:
             self._check_fault()
         if self._broken is not None:
@@ -137,41 +147,78 @@ class Endpoint:
         """
         if self.closed:
             return
-        if self.machine.current_capture():
+        if self.is_captured():
             raise EPError(
                 "a deep_ep buffer cannot be destroyed inside a CUDA graph capture: the host cannot wait there; do it "
                 "after the capture, when the graph is not needed any more"
             )
         self.closed = True
+        is_well = False
+        try:
+            is_well = self._meet_at_the_end(self._finish())
+        finally:
+            self._give_back(together=is_well)
+            free_parked()
+
+    def _finish(self) -> bool:
+        """Wait for the device; returns whether it has done all that the buffer launched, and done it well."""
         try:
             if self.machine.comm_stream is not None:
                 torch.cuda.synchronize(self.device)
-            broken = self._broken is not None or int(self._fault.tensor[0]) != 0
-            self.machine.meet("to destroy a buffer", min(BROKEN_SECONDS, self._cpu_timeout) if broken else None)
+            return self._broken is None and int(self._fault.tensor[0]) == 0
+        except Exception as error:
+            logger.warning("rank %d: waiting for %s at the end of a buffer failed: %s", self.rank, self.device, error)
+            self._broken = self._broken or f"{self.device} has failed ({error})"
+            return False
+
+    def _meet_at_the_end(self, is_well: bool) -> bool:
+        """Tell the other ranks whether all is well here, and hear whether it is everywhere. Collective."""
+        limit_s = None if is_well else min(BROKEN_SECONDS, self._cpu_timeout)
+        try:
+            return all(self.machine.all_gather_object(is_well, "to destroy a buffer", limit_s))
         except Exception as error:
             logger.warning("rank %d: the ranks did not meet before their memory was given back: %s", self.rank, error)
-        finally:
-            self.window.close()
-            self.machine.close()
-            self._log_untold_fault()
+            return False
 
     def release(self) -> None:
-        """Give the memory back without a word to the peers; while a CUDA graph is being captured, keep it for good."""
-        with contextlib.suppress(Exception):  # at the process's end nobody may be left to ask
-            if self.machine.current_capture():
-                self.keep_for_good()
-                return
+        """The buffer was dropped: give its memory back without a word to the peers.
+
+        Where kernels may still run, a later call does it (free_parked). Garbage is collected at any moment and on any
+        thread, and to wait for the device or to free memory there may end a CUDA graph capture on another.
+        """
         self.closed = True
-        with contextlib.suppress(Exception):
-            self.window.close()
-            self.machine.close()
-        with contextlib.suppress(Exception):
+        if self.machine.launches_finish:
+            self._give_back(together=False)
+        else:
+            self._log_untold_fault()
+            PARKED.append(self)
+
+    def _give_back(self, together: bool) -> None:
+        """Close the machine, and its window with it: it waits for the device before. Raises nothing: whoever ends a
+        buffer may have an error already, and must not get another instead of it.
+
+        Args:
+            together: all ranks are doing so, and all is well.
+        """
+        try:
+            self.machine.close(together=together)
+        except Exception as error:
+            logger.warning("rank %d: a buffer's memory was not given back: %s", self.rank, error)
+        finally:
             self._log_untold_fault()
 
     def keep_for_good(self) -> None:
         """Never give the memory back: nobody can say whether peers still write to it."""
         ABANDONED.append(self)
         self._log_untold_fault()
+
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph is being captured on the current stream; not after the device has failed."""
+        try:
+            return self.machine.current_capture() != 0
+        except Exception as error:
+            logger.warning("rank %d: whether a CUDA graph is captured cannot be seen: %s", self.rank, error)
+            return False
 
     def refuse_capture(self, message: str) -> None:
         """Raise ValueError with ``message`` inside a CUDA graph capture."""
@@ -213,11 +260,14 @@ class Endpoint:
 
     def _log_untold_fault(self) -> None:
         """What kernels have recorded is not lost with a buffer that nobody asks any more."""
-        if self._broken is None:
-            try:
-                self._check_fault()
-            except EPError as error:
-                logger.error("the last call on a buffer that has gone had failed, and nobody was told: %s", error)
+        if self._broken is not None:
+            return
+        try:
+            self._check_fault()
+        except EPError as error:
+            logger.error("the last call on a buffer that has gone had failed, and nobody was told: %s", error)
+        except Exception as error:
+            logger.warning("rank %d: how a buffer's last call went cannot be seen: %s", self.rank, error)
 
     def _wait_for_event(self, event: torch.cuda.Event | None, what: str) -> None:
         watch = self._watch(what)
@@ -369,3 +419,17 @@ class Endpoint:
         while words[0] == 0:
             self._go_on_waiting(watch, what)
         return words
+
+
+def free_parked() -> None:
+    """Give back what dropped buffers had, unless a CUDA graph is being captured here: then a later call does it."""
+    for endpoint in PARKED.copy():
+        if not endpoint.is_captured():
+            try:
+                PARKED.remove(endpoint)
+            except ValueError:  # another thread was faster
+                continue
+            endpoint._give_back(together=False)
+
+
+atexit.register(free_parked)

@@ -127,15 +127,20 @@ class Machine(Protocol):
             EPTimeoutError: naming the ranks that did not come.
         """
 
-    def all_gather_object(self, value: T, what: str) -> list[T]:
+    def all_gather_object(self, value: T, what: str, limit_s: float | None = None) -> list[T]:
         """Give every rank every rank's value, by rank. Collective; for agreement at set-up, not for the fast path.
 
         Args:
-            what: as in ``meet``, which raises the same.
+            what, limit_s: as in ``meet``, which raises the same.
         """
 
-    def close(self) -> None:
-        """Give everything back. Local, idempotent, safe after the group is destroyed."""
+    def close(self, *, together: bool = False) -> None:
+        """Give everything back, windows too, when the device has done what was launched. Local, idempotent, safe after
+        the group is destroyed.
+
+        Args:
+            together: every rank is closing its machine now, and nothing has gone wrong before.
+        """
 
 
 def open_machine(group: dist.ProcessGroup, environment: Environment, limits: Limits) -> Machine:

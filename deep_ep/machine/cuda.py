@@ -214,10 +214,10 @@ class CudaMachine:
     def meet(self, what: str, limit_s: float | None = None) -> None:
         self._meeting.all_gather(None, what, limit_s)
 
-    def all_gather_object(self, value: T, what: str) -> list[T]:
-        return self._meeting.all_gather(value, what)
+    def all_gather_object(self, value: T, what: str, limit_s: float | None = None) -> list[T]:
+        return self._meeting.all_gather(value, what, limit_s)
 
-    def close(self) -> None:
+    def close(self, *, together: bool = False) -> None:
         if self._closed:
             return
         self._closed = True
@@ -225,9 +225,10 @@ class CudaMachine:
             torch.cuda.synchronize(self.device)
             for window in self._windows:
                 window.close()
-            self._communicator.close()
-            for loaded in self._loaded.values():
-                self._call("cuModuleUnload", loaded.module)
+            self._communicator.close(together)
+            with torch.cuda.device(self.device):  # the modules are of its context
+                for loaded in self._loaded.values():
+                    self._call("cuModuleUnload", loaded.module)
         except Exception as error:  # a kernel crashed before, and with it the context: nothing is left to give back
             logger.warning("closing %s failed: %s", self.device, error)
         self._loaded.clear()

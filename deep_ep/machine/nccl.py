@@ -240,11 +240,19 @@ class Communicator:
         """Whether the communicator can still be used: a borrowed one dies with its group."""
         return self._communicator is not None and (self._owned or is_registered(self._group))
 
-    def close(self) -> None:
-        """Destroy the communicator if it is ours; a borrowed one belongs to its group. Idempotent."""
+    def close(self, together: bool) -> None:
+        """End the communicator if it is ours; a borrowed one belongs to its group. Idempotent.
+
+        Args:
+            together: all ranks do so now, and nothing has gone wrong. Else it is aborted: to destroy it is a step that
+                the ranks of a host take together, and would wait for those that do not come.
+        """
         communicator, self._communicator = self._communicator, None
         if communicator is not None and self._owned:
-            communicator.destroy()
+            if together:
+                communicator.destroy()
+            else:
+                communicator.abort()
 
 
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:

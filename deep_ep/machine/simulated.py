@@ -257,7 +257,7 @@ class SimulatedMachine:
             limit_s = self._limits.kernel_s
             written = self._ask(Ask(LAUNCH, part, limit_s, alone=not meets_peers, detail=kernel.name))
         except SimulationError:
-            self._closed_because = "an earlier launch failed, so its counters and flags are in no known state"
+            self._end_because("an earlier launch failed, so its counters and flags are in no known state")
             raise
         except Exception:
             if mistake is not None:
@@ -275,15 +275,20 @@ class SimulatedMachine:
     def meet(self, what: str, limit_s: float | None = None) -> None:
         self._meeting.all_gather(None, what, limit_s)
 
-    def all_gather_object(self, value: T, what: str) -> list[T]:
-        return self._meeting.all_gather(value, what)
+    def all_gather_object(self, value: T, what: str, limit_s: float | None = None) -> list[T]:
+        return self._meeting.all_gather(value, what, limit_s)
 
-    def close(self) -> None:
-        self._closed_because = self._closed_because or "it was closed"
-        for window in self._windows:
-            window.closed = True  # freed with the world
+    def close(self, *, together: bool = False) -> None:
+        self._end_because(self._closed_because or "it was closed")
         self._line.close()
         self._end_host()
+
+    def _end_because(self, reason: str) -> None:
+        """No further step is possible. The host is asked for nothing on the way out: it may be in the midst of another
+        step, or this its own thread, which has come to collect garbage. Windows go with the world."""
+        self._closed_because = reason
+        for window in self._windows:
+            window.closed = True
 
     def _require_open(self) -> None:
         if self._closed_because:
@@ -295,7 +300,7 @@ class SimulatedMachine:
         try:
             answer = self._line.ask(ask)
         except BaseException as error:  # the host has gone, or Ctrl-C: no later answer would be to a later question
-            self._closed_because = f"it was left in {ask.text} ({type(error).__name__})"
+            self._end_because(f"it was left in {ask.text} ({type(error).__name__})")
             raise
         if isinstance(answer, Failure):
             raise answer.error()

@@ -122,12 +122,22 @@ def a_group_that_goes_first(group: dist.ProcessGroup, device: torch.device) -> N
 
 
 def a_buffer_that_is_dropped(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Whoever builds or calls the next one gives its memory back, after all that is still queued on it has run."""
     buffer = build(group)
     cases.run(draw(40, group), buffer, device)
+    others = build(group)
+    expected = dispatch(others, device)[0].clone()
+    if device.type == "cuda":
+        torch.cuda._sleep(4 * SHORT_SLEEP)
+    late = dispatch(buffer, device, do_cpu_sync=False)
     del buffer
+    gc.collect()
+    same(dispatch(others, device)[0], expected)  # a call that frees
+    same(late[0][: len(expected)], expected)
     after = build(group)
     cases.run(draw(41, group), after, device)
     after.destroy()
+    others.destroy()
 
 
 def rows_with_gaps(group: dist.ProcessGroup, device: torch.device) -> None:

@@ -189,11 +189,11 @@ class ThreadMachine:
     def meet(self, what: str, limit_s: float | None = None) -> None:
         self._ranks.meeting.ask(self.rank, None, lambda nothing: nothing)
 
-    def all_gather_object(self, value: T, what: str) -> list[T]:
+    def all_gather_object(self, value: T, what: str, limit_s: float | None = None) -> list[T]:
         result: list[T] = self._ranks.meeting.ask(self.rank, value, lambda values: [list(values)] * self.num_ranks)
         return result
 
-    def close(self) -> None:
+    def close(self, *, together: bool = False) -> None:
         """The world forgets all memory at once."""
 
 

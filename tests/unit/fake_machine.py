@@ -49,6 +49,8 @@ class FakeMachine:
         self.prepared: list[str] = []
         self.words: list[FakeMemory] = []
         self.num_meetings = self.num_closed = 0
+        self.closed_together: bool | None = None
+        self.steps: list[str] = []  # of its end, in order
         self.prepare_fails = False
         self.capture = 0
         self.answers: list[str | None] | None = None  # of all ranks, in a step that they end together
@@ -73,15 +75,20 @@ class FakeMachine:
     def current_capture(self) -> int:
         return self.capture
 
-    def meet(self, what: str, limit_s: float | None = None) -> None:
-        self.num_meetings += 1
-        self.meeting_limit_s = limit_s
-
-    def all_gather_object(self, value: Any, what: str) -> list[Any]:
+    def all_gather_object(self, value: Any, what: str, limit_s: float | None = None) -> list[Any]:
+        if what == "to destroy a buffer":
+            self.num_meetings += 1
+            self.meeting_limit_s = limit_s
+            self.steps.append("meet")
+            return [value]
         return self.answers or [value]
 
-    def close(self) -> None:
+    def close(self, *, together: bool = False) -> None:
         self.num_closed += 1
+        self.closed_together = together
+        self.steps.append("close")
+        if hasattr(self, "window"):
+            self.window.close()
 
     def leave_fault(self, record: int = 0) -> None:
         """What a kernel writes whose wait has timed out; or as a notice, whose wait takes long."""

@@ -172,6 +172,7 @@ def test_the_last_fault_is_logged(machine: FakeMachine, caplog: pytest.LogCaptur
             buffer.destroy()
         del buffer
         gc.collect()
+        endpoint.free_parked()
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "nobody was told: rank 0 waited 2.0 s in collect: for rank 1" in record.getMessage()
     assert machine.window.closed == (end != "break the promise")

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,7 +112,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaMachine:
         _environment=Environment(),
         _loaded={},
         _windows=[],
-        _communicator=SimpleNamespace(close=lambda: None),
+        _communicator=SimpleNamespace(close=lambda together: None),
         _closed=False,
     )
     return machine
@@ -194,6 +194,36 @@ def test_the_machine_closes_once_and_gives_back_what_it_took(machine: cuda.CudaM
     machine.close()
     machine.close()
     assert fake_of(machine).calls.count("unload module") == 1
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_nothing_is_given_back_before_the_device_is_done(
+    machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """And the registration goes before its communicator; modules are unloaded in their own device's context."""
+    calls = fake_of(machine).calls
+    machine.prepare([COPY])
+    calls.clear()
+
+    @contextlib.contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        calls.append(f"enter {device}")
+        yield
+        calls.append(f"leave {device}")
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(f"synchronize {device}"))
+    machine._windows.append(SimpleNamespace(close=lambda: calls.append("close window")))
+    machine._communicator.close = lambda together: calls.append(f"close communicator, together: {together}")
+    machine.close(together=together)
+    assert calls == [
+        "synchronize cuda:0",
+        "close window",
+        f"close communicator, together: {together}",
+        "enter cuda:0",
+        "unload module",
+        "leave cuda:0",
+    ]
 
 
 def test_windows_of_different_sizes_are_refused(machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ class FakeCommunicator:
 
     def __init__(self, pointer: int, domains: int = 1, null_window: object = None) -> None:
         self.pointer, self.n_lsa_teams, self.null_window = pointer, domains, null_window
-        self.device_api_support, self.destroyed, self.closed_windows = True, 0, 0
+        self.device_api_support, self.destroyed, self.aborted, self.closed_windows = True, 0, 0, 0
         FakeCommunicator.made.append(self)
 
     @classmethod
@@ -137,6 +137,9 @@ class FakeCommunicator:
 
     def destroy(self) -> None:
         self.destroyed += 1
+
+    def abort(self) -> None:
+        self.aborted += 1
 
 
 @pytest.fixture
@@ -184,18 +187,21 @@ def test_the_groups_communicator_is_borrowed_and_left_alone() -> None:
     group.registered = False  # destroy_process_group(): the communicator is gone, and its windows with it
     communicator.deregister(window)
     assert theirs.closed_windows == 1
-    communicator.close()
-    communicator.close()
-    assert theirs.destroyed == 0
+    communicator.close(together=True)
+    communicator.close(together=False)
+    assert (theirs.destroyed, theirs.aborted) == (0, 0)
 
 
 @pytest.mark.usefixtures("fake_nccl4py")
-def test_a_communicator_of_our_own_is_destroyed_once() -> None:
-    communicator = open_communicator(fake_group(), reuse_nccl_comm=False)
-    (ours,) = FakeCommunicator.made
-    communicator.close()
-    communicator.close()
-    assert ours.destroyed == 1
+def test_a_communicator_of_our_own_is_ended_once() -> None:
+    """By a step that all ranks take together, where they do; else alone, waiting for nobody."""
+    for together in (True, False):
+        FakeCommunicator.made.clear()
+        communicator = open_communicator(fake_group(), reuse_nccl_comm=False)
+        (ours,) = FakeCommunicator.made
+        communicator.close(together)
+        communicator.close(together)
+        assert (ours.destroyed, ours.aborted) == (int(together), int(not together))
 
 
 @pytest.mark.parametrize("null_window", [None, SimpleNamespace(handle=0)], ids=["0.3.1.post1", "0.6.0"])

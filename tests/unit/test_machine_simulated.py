@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -228,6 +229,16 @@ def test_closing_twice_closes_once(alone: Rank) -> None:
     assert world.num_closed == 1
     with pytest.raises(EPError, match="it was closed"):
         alone.launch()
+
+
+def test_nothing_is_asked_for_on_the_way_out(alone: Rank) -> None:
+    """What the host answers would be to the question before."""
+    alone.machine._line.ask = asked = mock.Mock(side_effect=KeyboardInterrupt)  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        alone.launch()
+    alone.window.close()
+    alone.machine.close()
+    asked.assert_called_once()
 
 
 def test_a_forgotten_machine_closes_its_world(alone: Rank) -> None:
