@@ -5,8 +5,7 @@ from deep_ep.errors import EPCompileError, EPEnvironmentError, EPError, EPTimeou
 from deep_ep.event import EventHandle, EventOverlap
 from deep_ep.handle import EPHandle
 from deep_ep.validate import topk_idx_t
-
-__version__ = "0.1.0"
+from deep_ep.version import __version__
 
 __all__ = [
     "EPCompileError",

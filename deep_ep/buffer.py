@@ -178,8 +178,8 @@ class ElasticBuffer:
         sm_read_gbs: float = 200,
         sm_write_gbs: float = 50,
     ) -> int:
-        """SMs with which a call keeps the link full, by the model of plan.theoretical_num_sms; even, at least 4. It may
-        be more than the device has; a call with ``num_sms=0`` takes the smaller number.
+        """SMs with which a call keeps the link full, by the model of plan.theoretical_num_sms, or the most that a call
+        takes on this device, if that is less; even, at least 4. A call with ``num_sms=0`` takes as many.
 
         Args:
             num_experts, num_topk: do not matter inside one domain, where each row crosses the link once.
@@ -191,8 +191,8 @@ class ElasticBuffer:
         speeds = {"nvlink_gbs": nvlink_gbs, "sm_read_gbs": sm_read_gbs, "sm_write_gbs": sm_write_gbs}
         for name, gbs in speeds.items():
             validate.is_speed(name, gbs, may_be_0=name == "nvlink_gbs")
-        reached = nvlink_gbs or self._end().nvlink_gbs
-        return plan.theoretical_num_sms(self.num_ranks, reached, sm_read_gbs, sm_write_gbs)
+        endpoint = self._end()
+        return endpoint.theoretical_num_sms(nvlink_gbs or endpoint.nvlink_gbs, sm_read_gbs, sm_write_gbs)
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs that a call of ``num_sms`` SMs uses: none inside one NVLink domain."""

@@ -141,6 +141,16 @@ def read(environ: Mapping[str, str] = os.environ) -> Environment:
     return Environment(**values)
 
 
+def require_index_bits(environment: Environment) -> None:
+    """Raise EPEnvironmentError if EP_NUM_TOPK_IDX_BITS has changed since deep_ep was imported."""
+    bits = environment.num_topk_idx_bits
+    if bits != NUM_TOPK_IDX_BITS:
+        raise EPEnvironmentError(
+            f"EP_NUM_TOPK_IDX_BITS says {bits}, but it said {NUM_TOPK_IDX_BITS} when deep_ep was imported, which is "
+            f"when topk_idx_t was fixed; set it to {bits} before the import, or to {NUM_TOPK_IDX_BITS}"
+        )
+
+
 def _fields() -> dict[str, Any]:
     return get_type_hints(Environment, include_extras=True)
 
@@ -160,3 +170,8 @@ def _reject_misspelt(name: str, known: list[str]) -> None:
     if name.startswith(OWN_PREFIX):
         settings = ", ".join(variable for variable in known if variable.startswith(OWN_PREFIX))
         raise EPEnvironmentError(f"{name} is no setting of deep_ep; unset it, or use one of {settings}")
+
+
+# The width of topk_idx_t, which exists from the import on. What is wrong with the variable is said when a buffer is
+# built: importing raises nothing.
+NUM_TOPK_IDX_BITS = 32 if os.environ.get("EP_NUM_TOPK_IDX_BITS", "").strip() == "32" else 64

@@ -239,6 +239,17 @@ class CallOrder:
         return EventOverlap(event)
 
 
+def looking(
+    comm_stream: torch.cuda.Stream | None, previous_event: EventOverlap | EventHandle | None
+) -> AbstractContextManager[Any]:
+    """The context in which a call's arguments can be looked at: after what its kernels will wait for."""
+    recorded = _recorded(previous_event)
+    if comm_stream is None or recorded is None:
+        return nullcontext()
+    comm_stream.wait_event(recorded)
+    return torch.cuda.stream(comm_stream)
+
+
 def _recorded(event: EventOverlap | EventHandle | None) -> torch.cuda.Event | None:
     """The CUDA event inside; None where there is none, as in what a synchronous call returns."""
     handle = event.event if isinstance(event, EventOverlap) else event

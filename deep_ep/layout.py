@@ -6,6 +6,7 @@ must not compile again), and deep_ep/include/deep_ep/wire/window.cuh says who wr
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 # The same numbers as in include/deep_ep/limits.cuh; a test compares them.
@@ -78,6 +79,11 @@ class WindowLayout:
     num_ranks: int
     num_bytes: int
     regions: tuple[Region, ...]
+
+    def digest(self) -> str:
+        """Short, and the same only where every region lies at the same place."""
+        places = [(region.name, region.offset, region.num_bytes) for region in self.regions]
+        return hashlib.sha256(repr(places).encode()).hexdigest()[:12]
 
     def __getitem__(self, name: str) -> Region:
         return next(region for region in self.regions if region.name == name)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from deep_ep.environment import NUM_TOPK_IDX_BITS
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.layout import MAX_EXPERTS, MAX_SCALES, MAX_TOPK
@@ -24,7 +24,7 @@ MAX_ALIGNMENT = 1 << 16  # rows; aligned counts of all experts stay far inside 3
 YEAR = 365 * 24 * 3600  # seconds
 
 # Fixed at import; a malformed value is reported when a buffer is built.
-topk_idx_t = torch.int32 if os.environ.get("EP_NUM_TOPK_IDX_BITS", "").strip() == "32" else torch.int64
+topk_idx_t = torch.int32 if NUM_TOPK_IDX_BITS == 32 else torch.int64
 
 
 def is_tensor(name: str, value: Any, dims: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from deep_ep import jit
+from deep_ep import jit, layout
 from deep_ep.errors import EPError
 from deep_ep.machine import Machine
+from deep_ep.version import __version__
 
 MOST_NUMBERS = 1 << 12  # of buffers, before they begin again (kEpochBits in include/deep_ep/wire/plan.cuh)
 
@@ -27,12 +28,16 @@ class Settings:
 class Statement:
     """What one rank says of itself."""
 
-    version: str
+    package: str  # its version
+    headers: str  # a digest
+    layout: str  # a digest of where the window's regions are
     settings: Settings
     num_built: int
 
 
-def agree_to_build(machine: Machine, group_ranks: tuple[int, ...], settings: Settings) -> int:
+def agree_to_build(
+    machine: Machine, group_ranks: tuple[int, ...], settings: Settings, window_layout: layout.WindowLayout
+) -> int:
     """Compare what the ranks are about to build. Collective.
 
     Returns:
@@ -42,15 +47,11 @@ def agree_to_build(machine: Machine, group_ranks: tuple[int, ...], settings: Set
         EPError: ranks run different versions of this package.
         ValueError: their settings differ.
     """
-    digest = jit.digest_of_headers(jit.INCLUDE_DIR)
-    own = Statement(digest, settings, _num_built.get(group_ranks, 0))
+    headers = jit.digest_of_headers(jit.INCLUDE_DIR)
+    own = Statement(__version__, headers, window_layout.digest(), settings, _num_built.get(group_ranks, 0))
     said = machine.all_gather_object(own, "to compare their settings")
-    for rank, other in enumerate(said):
-        if other.version != said[0].version:
-            raise EPError(
-                f"ranks run different versions of deep_ep: rank 0 has headers {said[0].version}, rank {rank} "
-                f"{other.version}; install the same one for all of them"
-            )
+    _compare_versions(said, "package")
+    _compare_versions(said, "headers")
     for field in dataclasses.fields(Settings):
         values = [getattr(other.settings, field.name) for other in said]
         for rank, value in enumerate(values):
@@ -59,6 +60,17 @@ def agree_to_build(machine: Machine, group_ranks: tuple[int, ...], settings: Set
                     f"{field.name} must be the same on all ranks, but it is {values[0]} on rank 0 and {value} on rank "
                     f"{rank} of the group; pass one value on all of them"
                 )
+    _compare_versions(said, "layout")  # it follows from the settings, within one version
     number = max(other.num_built for other in said)
     _num_built[group_ranks] = number + 1
     return number % MOST_NUMBERS
+
+
+def _compare_versions(said: list[Statement], what: str) -> None:
+    values = [getattr(other, what) for other in said]
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise EPError(
+                f"ranks run different versions of deep_ep: rank 0 has {what} {values[0]}, rank {rank} {value}; install "
+                "the same one for all of them"
+            )

@@ -93,6 +93,7 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    validate.is_timing(asked.timing)
     payload = _check_payload(asked, endpoint.device)
     num_tokens = payload.rows.shape[0]
     check_routing = _check_new_routing if asked.handle is None else _check_known_routing
@@ -102,7 +103,6 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
     record = payload.record(num_topk)
     endpoint.fitting_tokens(routing.max_tokens, num_tokens, record)
     num_sms = endpoint.num_sms(asked.num_sms)
-    validate.is_timing(asked.timing)
     exact_sizes = asked.handle is None and (asked.do_cpu_sync is None or asked.do_cpu_sync)
     if exact_sizes:
         endpoint.refuse_capture("do_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
@@ -128,7 +128,8 @@ def _check_new_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: int
     alignment = 1 if asked.expert_alignment is None else asked.expert_alignment
     validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT)
     if endpoint.looks_at_selections():
-        validate.are_valid_selections(topk_idx, num_experts)
+        with endpoint.looking(asked.timing):
+            validate.are_valid_selections(topk_idx, num_experts)
     max_tokens = asked.num_max_tokens_per_rank
     return RoutingRequest(
         topk_idx, num_experts, alignment, asked.buffers_max_tokens if max_tokens is None else max_tokens

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deep_ep import environment, installation, jit, layout, plan, validate
 from deep_ep.calls.agreement import Settings, agree_to_build
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
-from deep_ep.event import CallOrder, EventHandle, LastCall, Timing
+from deep_ep.event import CallOrder, EventHandle, LastCall, Timing, looking
 from deep_ep.handle import EPHandle
 from deep_ep.machine import Machine, open_machine, raise_together
 from deep_ep.machine.meeting import Limits
@@ -50,6 +50,7 @@ class Endpoint:
         installation.check()
         free_parked()
         self.environment = environment.read()
+        environment.require_index_bits(self.environment)
         self.rank, self.num_ranks = group.rank(), group.size()
         self.group_ranks = tuple(dist.get_process_group_ranks(group))
         self.topology = Topology(self.num_ranks, self.rank, self.num_ranks)
@@ -72,7 +73,7 @@ class Endpoint:
     def _build(self, settings: Settings, gpu_timeout: float) -> None:
         """All that takes a machine. Collective."""
         self._prepare_together()
-        number = agree_to_build(self.machine, self.group_ranks, settings)
+        number = agree_to_build(self.machine, self.group_ranks, settings, self.layout)
         self.window = self.machine.allocate_window(settings.num_bytes)
         self.device = self.machine.device
         self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
@@ -232,6 +233,10 @@ class Endpoint:
             return False
         return self.environment.buffer_debug
 
+    def looking(self, timing: Timing) -> contextlib.AbstractContextManager[Any]:
+        """The context in which the arguments of a call can be looked at: they may not be there before."""
+        return looking(self.machine.comm_stream, timing.previous_event)
+
     @contextlib.contextmanager
     def breaking_on_error(self, call: str) -> Iterator[None]:
         """From a call's first launch to its last: whatever ends it in between (out of memory, Ctrl-C) leaves counters
@@ -342,11 +347,19 @@ class Endpoint:
         """SMs of a call; 0 stands for the analytic choice."""
         num_sms = validate.is_count("num_sms", given, 0)
         if num_sms == 0:
-            return min(plan.theoretical_num_sms(self.num_ranks, self.nvlink_gbs), self.machine.num_sms)
+            return self.theoretical_num_sms(self.nvlink_gbs)
         if self.machine.name == "cuda":
-            most = min(self.machine.num_sms, layout.MAX_BLOCKS)
-            validate.is_count("num_sms", num_sms, 1, most, "this device has no more")
+            validate.is_count("num_sms", num_sms, 1, self.most_sms, "a call on this device takes no more")
         return num_sms
+
+    @property
+    def most_sms(self) -> int:
+        """What a call can use: all that the device has, as far as the window has room for what blocks count."""
+        return min(self.machine.num_sms, layout.MAX_BLOCKS)
+
+    def theoretical_num_sms(self, nvlink_gbs: float, *sm_gbs: float) -> int:
+        """plan.theoretical_num_sms, or the most that a call can use, if that is less; even in any case."""
+        return min(plan.theoretical_num_sms(self.num_ranks, nvlink_gbs, *sm_gbs), self.most_sms // 2 * 2)
 
     def num_blocks(self, num_sms: int) -> int:
         """Of a launch: a block an SM, while there are any."""

@@ -164,6 +164,24 @@ def what_a_call_waits_for(job: Job) -> None:
     buffer.destroy()
 
 
+def selections_that_come_late(job: Job) -> None:
+    """The validating mode looks at them when the event says that they are there, not at what lies there before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EP_BUFFER_DEBUG", "1")
+        buffer = job.build()
+    given = Trip(job.shape(), buffer, job.device, seed=6).given
+    num_experts = job.shape().num_experts
+    late = torch.full_like(given.topk_idx, num_experts)  # wrong
+    (stream,) = job.streams(1)
+    with job.on(stream):
+        job.delay(LONG)
+        late.copy_(given.topk_idx)
+        there = buffer.capture()
+    results = buffer.dispatch(plain(given.payload), late, num_experts=num_experts, previous_event=there)
+    ways.same(results[0], buffer.dispatch(plain(given.payload), given.topk_idx, num_experts=num_experts)[0])
+    buffer.destroy()
+
+
 def leave(event: EventOverlap) -> None:
     with event as entered:
         assert entered is event
@@ -290,6 +308,7 @@ SCENES: tuple[Callable[[Job], None], ...] = (
     two_threads,
     slow_producers,
     what_a_call_waits_for,
+    selections_that_come_late,
     memory_that_is_given_back,
     other_threads_while_the_host_waits,
     ctrl_c_while_the_host_waits,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import deep_ep
-from deep_ep import ElasticBuffer
+from deep_ep import ElasticBuffer, layout
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
 
 
@@ -98,6 +98,7 @@ def test_analytic_num_sms(machine: FakeMachine, buffer: ElasticBuffer) -> None:
 
 def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the caller says, or else the environment, or else NVML; and an H200's where nobody says anything."""
+    machine.num_sms = 132
     assert build().get_theoretical_num_sms(256, 8) == 8
     assert build().get_theoretical_num_sms(256, 8, nvlink_gbs=730) == 16
     assert build().get_theoretical_num_sms(256, 8, sm_write_gbs=25) == 16
@@ -108,6 +109,20 @@ def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: py
     assert build().get_theoretical_num_sms(256, 8) == 4
     with pytest.raises(ValueError, match="sm_write_gbs must be a number of GB/s more than 0, but it is 0"):
         build().get_theoretical_num_sms(256, 8, sm_write_gbs=0)
+
+
+def test_analytic_num_sms_is_what_a_call_takes(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not more than the device has, nor than the window has room for; and even."""
+    monkeypatch.setattr(machine, "name", "cuda")
+    for machine.num_sms, most in ((4, 4), (7, 6), (132, 132), (layout.MAX_BLOCKS + 28, layout.MAX_BLOCKS)):
+        buffer = build()
+        assert buffer.get_theoretical_num_sms(256, 8, nvlink_gbs=1e5) == most
+        assert dispatch(buffer, do_cpu_sync=False, num_sms=most).num_sms == most
+        with pytest.raises(ValueError, match="num_sms must be from 1 to"):
+            dispatch(buffer, do_cpu_sync=False, num_sms=machine.num_sms + 1)
+        with monkeypatch.context() as patch:
+            patch.setenv("EP_NVLINK_GBS", "100000")
+            assert dispatch(build(), do_cpu_sync=False).num_sms == most
 
 
 def test_no_host_wait_while_a_graph_is_captured(buffer: ElasticBuffer, machine: FakeMachine) -> None:

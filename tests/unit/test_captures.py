@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import pytest
 
 from deep_ep import ElasticBuffer
 from deep_ep.calls import dispatch as calls_dispatch
+from deep_ep.calls import endpoint
 from deep_ep.errors import EPError
+from deep_ep.event import EventHandle
 from tests.unit.fake_machine import FakeMachine, build, dispatch
 
 
@@ -34,3 +38,23 @@ def test_the_validating_mode_looks_only_outside(
     assert len(looks) == 2
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == ["rank 0: EP_BUFFER_DEBUG does not look at topk_idx inside a CUDA graph capture"]
+
+
+def test_the_validating_mode_looks_after_what_the_kernels_wait_for(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """topk_idx may not be there before."""
+
+    @contextlib.contextmanager
+    def looking(comm_stream: object, previous_event: object) -> Iterator[None]:
+        log.append(f"after {previous_event}")
+        yield
+        log.append("done")
+
+    log: list[str] = []
+    monkeypatch.setenv("EP_BUFFER_DEBUG", "1")
+    monkeypatch.setattr(endpoint, "looking", looking)
+    monkeypatch.setattr(calls_dispatch.validate, "are_valid_selections", lambda *_: log.append("look"))
+    event = EventHandle.inert()
+    dispatch(build(), do_cpu_sync=False, previous_event=event)
+    assert log == [f"after {event}", "look", "done"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deep_ep.environment import Environment, read, variable_of
+from deep_ep.environment import NUM_TOPK_IDX_BITS, Environment, read, require_index_bits, variable_of
 from deep_ep.errors import EPEnvironmentError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +125,15 @@ def test_nothing_else_reads_a_variable() -> None:
     asks = re.compile(r"\b(?:environ\.get\(|environ\[|getenv\()\W*(EP_\w+)")
     files = [path for suffix in ("py", "cuh", "hpp", "cpp") for path in (ROOT / "deep_ep").rglob(f"*.{suffix}")]
     found = {(path.name, name) for path in files for name in asks.findall(path.read_text())}
-    assert found == {("validate.py", "EP_NUM_TOPK_IDX_BITS")}
+    assert found == {("environment.py", "EP_NUM_TOPK_IDX_BITS")}
+
+
+def test_the_width_of_indices_is_fixed_at_import() -> None:
+    require_index_bits(Environment(num_topk_idx_bits=NUM_TOPK_IDX_BITS))
+    other = 96 - NUM_TOPK_IDX_BITS
+    complaint = f"EP_NUM_TOPK_IDX_BITS says {other}, but it said {NUM_TOPK_IDX_BITS} when deep_ep was imported"
+    with pytest.raises(EPEnvironmentError, match=complaint):
+        require_index_bits(Environment(num_topk_idx_bits=other))
 
 
 def test_every_variable_that_is_spoken_of_exists() -> None:

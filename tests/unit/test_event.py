@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deep_ep.event import CallOrder, EventHandle, EventOverlap, LastCall
+from deep_ep.event import CallOrder, EventHandle, EventOverlap, LastCall, looking
 
 
 class Log:
@@ -267,6 +267,18 @@ def test_copies_come_after_what_the_kernels_wait_for(log: Log) -> None:
         assert log.lines == []
     with order_of(log, asynchronous=True).running():
         assert log.lines == ["enter comm"]
+
+
+def test_arguments_are_looked_at_after_what_the_kernels_wait_for(log: Log) -> None:
+    """The validating mode reads topk_idx, which may come from another stream than the current one."""
+    comm: Any = FakeStream("comm", log)
+    for previous in (None, EventOverlap()):
+        with looking(comm, previous):
+            assert log.lines == []
+    with looking(comm, EventHandle()):
+        assert log.lines == ["comm waits for event on compute", "enter comm"]
+    with looking(None, EventOverlap(EventHandle.inert())):
+        assert len(log.lines) == 2
 
 
 def test_tensors_live_until_both_streams_have_used_them(log: Log) -> None:

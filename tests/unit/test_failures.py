@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+import deep_ep
 from deep_ep import ElasticBuffer
 from deep_ep.calls import dispatch as calls_dispatch
 from deep_ep.calls import endpoint
 from deep_ep.calls.agreement import Settings
-from deep_ep.errors import EPError, EPTimeoutError
+from deep_ep.errors import EPEnvironmentError, EPError, EPTimeoutError
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
 
 
@@ -36,12 +38,20 @@ def test_what_fails_on_one_rank_is_told_to_all_before_they_wait_for_it(machine: 
 
 
 def test_another_version_on_another_rank(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    others_differ(machine, monkeypatch, version="0123456789ab")
-    with pytest.raises(
-        EPError, match=r"different versions of deep_ep: rank 0 has headers \w{12}, rank 1 0123456789ab;"
-    ):
+    for what, own in (("package", re.escape(deep_ep.__version__)), ("headers", r"\w{12}"), ("layout", r"\w{12}")):
+        with monkeypatch.context() as patch:
+            others_differ(machine, patch, **{what: "0123456789ab"})
+            complaint = f"different versions of deep_ep: rank 0 has {what} {own}, rank 1 0123456789ab;"
+            with pytest.raises(EPError, match=complaint):
+                build()
+    assert machine.num_closed == 3
+
+
+def test_indices_of_another_width_than_at_import(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EP_NUM_TOPK_IDX_BITS", "32" if deep_ep.topk_idx_t == torch.int64 else "64")
+    with pytest.raises(EPEnvironmentError, match="when deep_ep was imported"):
         build()
-    assert machine.num_closed == 1
+    assert machine.prepared == []
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,12 @@ def test_align(value: int, alignment: int) -> None:
     assert value <= aligned < value + alignment
 
 
+def test_layouts_are_told_apart() -> None:
+    digests = {window_layout(ranks, pages * PAGE).digest() for ranks in (1, 2, 8) for pages in (8, 9, 64)}
+    assert len(digests) == 9
+    assert window_layout(2, 8 * PAGE).digest() == window_layout(2, 8 * PAGE).digest()
+
+
 @given(num_ranks=RANKS, pages=st.integers(8, 4096))
 def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int) -> None:
     window = window_layout(num_ranks, pages * PAGE)

@@ -26,16 +26,17 @@ MAY_IMPORT = {
     "installation": {"errors"},
     "event": {"environment", "errors"},
     "handle": PURE | {"event"},
-    "validate": PURE | {"event", "handle"},
+    "validate": PURE | {"environment", "event", "handle"},
     "jit": {"errors", "environment"},
     "machine": {"errors", "environment", "jit", "waiting"},
     "ops": PURE | {"jit", "machine", "handle"},
-    "calls": PURE | {"ops", "machine", "jit", "handle", "event", "validate", "environment", "installation"},
+    "calls": PURE | {"ops", "machine", "jit", "handle", "event", "validate", "environment", "installation", "version"},
     "buffer": PURE | {"calls", "machine", "handle", "event", "validate"},
     "fp8": set(),
     "autograd": {"buffer", "handle", "plan"},
     "utils": {"event", "fp8"},
-    "__init__": {"buffer", "handle", "event", "validate", "errors"},
+    "version": set(),
+    "__init__": {"buffer", "handle", "event", "validate", "errors", "version"},
 }
 
 # Folder of headers -> what its headers may include, as prefixes of a path below include/deep_ep.
