@@ -68,6 +68,26 @@ def two_buffers_on_two_streams(job: Job) -> None:
         buffer.destroy()
 
 
+def two_buffers_that_share_counters(job: Job) -> None:
+    """Calls that overlap add to the same statistics, and nothing is lost."""
+    buffers, streams, shape = [job.build(), job.build()], job.streams(2), job.shape()
+    given = Trip(shape, buffers[0], job.device, seed=7).given
+    experts = shape.num_experts // job.group.size()
+    stats, once = (torch.zeros(experts, dtype=torch.int32, device=job.device) for _ in range(2))
+    arguments = {"num_experts": shape.num_experts, "do_cpu_sync": False}
+    routes = plain(given.payload), given.topk_idx
+    buffers[0].dispatch(*routes, cumulative_local_expert_recv_stats=once, **arguments)
+    wait_for_all(job)
+    for _ in range(job.replays):
+        for buffer, stream in zip(buffers, streams, strict=True):
+            with job.on(stream):
+                buffer.dispatch(*routes, cumulative_local_expert_recv_stats=stats, **arguments)
+    wait_for_all(job)
+    ways.same(stats, once * 2 * job.replays)
+    for buffer in buffers:
+        buffer.destroy()
+
+
 def wait_for_all(job: Job) -> None:
     if job.on_gpus:
         torch.cuda.synchronize(job.device)
@@ -305,6 +325,7 @@ def interrupt(call: Callable[[], Any]) -> None:
 
 SCENES: tuple[Callable[[Job], None], ...] = (
     two_buffers_on_two_streams,
+    two_buffers_that_share_counters,
     two_threads,
     slow_producers,
     what_a_call_waits_for,

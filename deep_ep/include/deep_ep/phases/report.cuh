@@ -33,11 +33,12 @@ EP_DEVICE void report_counts(const Window& window, uint32_t epoch, int experts_p
   }
 }
 
-// stats[e] grows by what local expert e received; null if nobody asks.
+// stats[e] grows by what local expert e received; null if nobody asks. By atomics: calls of other buffers, on other
+// streams, may add to the same counters.
 EP_DEVICE void add_to_stats(int experts_per_rank, const Tables& tables, int32_t* stats) {
   EP_NO_UNROLL
   for (int e = device::thread_idx(); stats != nullptr && e < experts_per_rank; e += device::num_threads()) {
-    stats[e] += tables.expert_total[e];
+    device::add_relaxed_gpu(stats + e, tables.expert_total[e]);
   }
 }
 
