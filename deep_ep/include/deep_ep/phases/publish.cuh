@@ -12,11 +12,11 @@
 
 namespace deep_ep {
 
-EP_DEVICE void publish(const Window& window, uint32_t epoch, const Blocks& senders, int experts_per_rank,
+EP_DEVICE void publish(const Window& window, uint32_t epoch, const Blocks& team, int experts_per_rank,
                        const Tables& tables) {
   const int thread = device::thread_idx();
   EP_NO_UNROLL
-  for (int rank = senders.own(); rank < window.num_ranks; rank += senders.count) {
+  for (int rank = team.own(); rank < window.num_ranks; rank += team.count) {
     uint64_t* to = message(window, rank, window.rank);
     EP_NO_UNROLL
     for (int i = thread; i < experts_per_rank; i += device::num_threads()) {

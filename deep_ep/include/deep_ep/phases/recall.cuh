@@ -1,5 +1,5 @@
 #pragma once
-// In place of place, publish and collect when a handle of an earlier dispatch knows where everything goes.
+// In place of count, look_back, publish and collect when a handle of an earlier dispatch knows where everything goes.
 //
 // reads         the handle's counts
 // writes        tables.row_base, .expert_total; of .expert_row, where each local expert's rows start

@@ -72,7 +72,6 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, const Routing& ro
     }
     return loads ? Filled::kYes : Filled::kNotYet;
   };
-  int drained = 0;
   const auto drain = [&](Stage stage) {
     const Ticket& ticket = *stage.ticket;
     if (device::elect()) {
@@ -82,7 +81,6 @@ EP_DEVICE void scatter(const Ring& ring, const Window& window, const Routing& ro
         device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
       }
     }
-    ++drained;
     if (ticket.last) announcer.add(ticket.ranks >> lane & 1 ? ticket.token : -1);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });
