@@ -177,8 +177,6 @@ def _find(
         assert isinstance(recv_x, Tensor)
         _blank(recv_x, recv_idx, weights, handle)
         topk_idx, slots, metadata, *sums = Route.of(handle).tensors
-        if not exact:  # nothing that depends on what its memory held
-            metadata.masked_fill_(_from(sums[0], len(metadata))[:, None], -1)
         counts = torch.from_numpy(np.array(handle.num_recv_tokens_per_expert_list, dtype=np.int64))
         return *_filled(recv_x, recv_idx, weights), topk_idx, slots, metadata, torch.cat(sums), counts
 

@@ -39,7 +39,7 @@ class EPHandle:
     """[L] int32, counts."""
     recv_src_metadata: torch.Tensor
     """[N, K+2] int32: global token index; source rank * K + last local selection; row of each selection in the expanded
-    layout or -1."""
+    layout or -1. Rows past the last token, which there are only without CPU sync, are -1."""
     dst_buffer_slot_idx: torch.Tensor
     """[T, K] int32: place of this token among those that this rank sends to the rank of the selection, or -1."""
     per_expert_aligned: torch.Tensor = field(repr=False)

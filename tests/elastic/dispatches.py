@@ -204,7 +204,9 @@ class Dispatch:
 
 def check_handle(handle: deep_ep.EPHandle, expected: oracle.Dispatched, do_expand: bool, *, exact_sizes: bool) -> None:
     """What a handle says about the dispatch that made it, in the expanded layout or the plain one."""
-    same("recv_src_metadata", handle.recv_src_metadata[: len(expected.tokens)], expected.metadata)
+    metadata = handle.recv_src_metadata
+    same("recv_src_metadata", metadata[: len(expected.tokens)], expected.metadata)
+    assert bool((metadata[len(expected.tokens) :] == -1).all()), "metadata past the real count"
     same_counts("psum by rank", handle.psum_num_recv_tokens_per_scaleup_rank, expected.per_rank)
     by_expert = expected.per_expert_end if do_expand else expected.per_expert_aligned
     same_counts("psum by expert", handle.psum_num_recv_tokens_per_expert, by_expert)

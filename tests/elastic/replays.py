@@ -301,10 +301,11 @@ class Trip:
             others = due.rows[not expanded]
             verdicts.compare(f"{what}: recv_x again", results.again[0][others.where], others.payload[0])
         self._expected_stats += due.per_expert
-        handle = results.handle
+        handle, rows_from = results.handle, results.handle.recv_src_metadata
         for name, got, expected in (
             ("stats", self.stats, self._expected_stats),
-            ("metadata", handle.recv_src_metadata[:count], due.metadata),
+            ("metadata", rows_from[:count], due.metadata),
+            ("metadata past the real count", rows_from[count:], torch.full_like(rows_from[count:], -1)),
             ("rows by rank", handle.psum_num_recv_tokens_per_scaleup_rank, due.per_rank),
             ("counts by expert", handle.num_unaligned_recv_tokens_per_expert, due.per_expert),
             ("ends by expert", handle.per_expert_end, due.per_expert_end),

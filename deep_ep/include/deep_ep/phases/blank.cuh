@@ -2,28 +2,30 @@
 // What no token fills says so, whatever its memory held.
 //
 // reads         tables of a block that has collected
-// writes        recv_topk_idx past the last token; the padding rows of the expanded layout
+// writes        recv_topk_idx and recv_src_metadata past the last token; the padding rows of the expanded layout
 // waits for     nothing
-// leaves behind "no expert", and zeros
+// leaves behind "no expert" and "no token", and zeros
 
 #include <deep_ep/phases/land.cuh>
 #include <deep_ep/wire/blocks.cuh>
 
 namespace deep_ep {
 
-// Rows past the real count have no expert.
+// Rows past the real count have no expert, and come from nowhere.
 EP_DEVICE void blank_unused(const Routing& routing, int used_rows, const Blocks& team, const Received& out) {
   const int thread = team.own() * device::num_threads() + device::thread_idx();
   const int num_threads = team.count * device::num_threads();
-  const int64_t end = int64_t(out.rows) * routing.num_topk;
-  EP_NO_UNROLL
-  for (int64_t entry = int64_t(used_rows) * routing.num_topk + thread; entry < end; entry += num_threads) {
-    if (routing.index_bytes == 8) {
-      static_cast<int64_t*>(out.topk_idx)[entry] = -1;
-    } else {
-      static_cast<int32_t*>(out.topk_idx)[entry] = -1;
-    }
+  const auto fill = [&](auto* entries, int columns) {
+    const int64_t end = entries == nullptr ? 0 : int64_t(out.rows) * columns;
+    EP_NO_UNROLL
+    for (int64_t entry = int64_t(used_rows) * columns + thread; entry < end; entry += num_threads) entries[entry] = -1;
+  };
+  if (routing.index_bytes == 8) {
+    fill(static_cast<int64_t*>(out.topk_idx), routing.num_topk);
+  } else {
+    fill(static_cast<int32_t*>(out.topk_idx), routing.num_topk);
   }
+  fill(out.metadata, routing.num_topk + 2);
 }
 
 EP_DEVICE void zero_row(const Received& out, int row, int row_bytes) {
@@ -54,9 +56,8 @@ EP_DEVICE void zero_padding(int row_bytes, int experts_per_rank, int alignment, 
 
 EP_DEVICE void blank(const Window& window, const Routing& routing, const Record& record, int alignment,
                      const Tables& tables, int warp, const Blocks& team, const Received& out) {
-  if (out.layout == Layout::kPlain) {
-    blank_unused(routing, tables.row_base[window.num_ranks], team, out);
-  } else if (out.padding == Padding::kZero) {
+  blank_unused(routing, tables.row_base[window.num_ranks], team, out);
+  if (out.layout == Layout::kExpanded && out.padding == Padding::kZero) {
     zero_padding(record.row_bytes, routing.experts_per_rank, alignment, tables, warp, team, out);
   }
 }
