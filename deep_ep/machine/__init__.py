@@ -172,6 +172,21 @@ def open_machine(group: dist.ProcessGroup, environment: Environment, limits: Lim
     )
 
 
+def do_together(
+    step: Callable[[], T],
+    all_gather_object: Callable[[str | None, str], list[str | None]],
+    kind: type[EPError] = EPError,
+) -> T:
+    """Take a step that may fail on one rank alone; then all raise, as in raise_together. Collective."""
+    try:
+        result = step()
+    except Exception as error:
+        raise_together(error, all_gather_object, kind)
+        raise
+    raise_together(None, all_gather_object, kind)
+    return result
+
+
 def raise_together(
     error: Exception | None,
     all_gather_object: Callable[[str | None, str], list[str | None]],
@@ -187,7 +202,13 @@ def raise_together(
         kind: what the others raise, naming the first rank that failed.
     """
     text = None if error is None else f"{type(error).__name__}: {error}"
-    texts = all_gather_object(text, "to say whether it is well")
+    try:
+        texts = all_gather_object(text, "to say whether it is well")
+    except EPError:
+        if error is None:
+            raise
+        # Peers that are still in the midst of the step do not come. Why it failed here says more.
+        raise error from None
     if error is not None:
         raise error
     for rank, text in enumerate(texts):

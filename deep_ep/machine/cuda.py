@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deep_ep import jit
 from deep_ep.environment import Environment
 from deep_ep.errors import EPEnvironmentError, EPError
-from deep_ep.machine import import_cuda_extra, links, nccl, raise_together
+from deep_ep.machine import do_together, import_cuda_extra, links, nccl
 from deep_ep.machine.meeting import Limits, Meeting
 
 logger = logging.getLogger("deep_ep")
@@ -78,9 +78,15 @@ class CudaMachine:
         self.device = group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
         self._refuse_capture("a deep_ep buffer cannot be built")
         self._meeting = Meeting(group, limits)
-        raise_together(self._find_problem(), self.all_gather_object, EPEnvironmentError)
-        nccl.warm_up(group, self.device)
+        do_together(self._look_at_host, self.all_gather_object, EPEnvironmentError)
+        do_together(lambda: nccl.warm_up(group, self.device), self.all_gather_object)
+        do_together(self._open_device, self.all_gather_object)
+        self._loaded: dict[jit.Kernel, _LoadedKernel] = {}
+        self._windows: list[CudaWindow] = []
+        self._communicator = nccl.Communicator(group, self.device, environment, self.all_gather_object)
+        self._closed = False
 
+    def _open_device(self) -> None:
         properties = torch.cuda.get_device_properties(self.device)
         self.num_sms = properties.multi_processor_count
         self.wire_gbs = links.wire_gbs(self.device)
@@ -91,23 +97,15 @@ class CudaMachine:
             self._context = self._call("cuCtxGetCurrent")
             most = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
             self.shared_bytes_per_block = self._call("cuDeviceGetAttribute", most, self.device.index)
-        self._loaded: dict[jit.Kernel, _LoadedKernel] = {}
-        self._windows: list[CudaWindow] = []
-        self._communicator = nccl.Communicator(group, self.device, environment, self.all_gather_object)
-        self._closed = False
 
-    def _find_problem(self) -> EPEnvironmentError | None:
-        """What is wrong with this rank's host; returned, so that its peers are told instead of waiting for it."""
-        try:
-            self._driver = import_cuda_extra("cuda.bindings.driver")
-            version = self._call("cuDriverGetVersion")
-            check_driver(version)
-            check_device(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
-            library = nccl.check(self._environment)
-        except EPEnvironmentError as error:
-            return error
+    def _look_at_host(self) -> None:
+        """Raise whatever is wrong with this rank's host."""
+        self._driver = import_cuda_extra("cuda.bindings.driver")
+        version = self._call("cuDriverGetVersion")
+        check_driver(version)
+        check_device(torch.cuda.get_device_name(self.device), torch.cuda.get_device_capability(self.device))
+        library = nccl.check(self._environment)
         logger.debug("rank %d: %s, driver for CUDA %s, %s", self.rank, self.device, _cuda_text(version), library)
-        return None
 
     def allocate_window(self, num_bytes: int) -> CudaWindow:
         self._refuse_capture("a window cannot be allocated")
@@ -115,16 +113,15 @@ class CudaMachine:
         if len(set(sizes)) > 1:
             raise ValueError(f"num_bytes must be the same on all ranks, but by rank it is {sizes}")
         with torch.cuda.device(self.device):
-            memory, problem = torch.empty(0), None
-            try:
-                memory = nccl.allocate(num_bytes, self.device)
-            except Exception as error:  # out of memory, most likely
-                problem = error
-            raise_together(problem, self.all_gather_object)
-            window = CudaWindow(self._communicator, memory, num_bytes)
-        self._windows.append(window)
+            memory = do_together(lambda: nccl.allocate(num_bytes, self.device), self.all_gather_object)
+            do_together(lambda: self._register(memory, num_bytes), self.all_gather_object)
+        window = self._windows[-1]
         self.meet("to use the window")
         return window
+
+    def _register(self, memory: torch.Tensor, num_bytes: int) -> None:
+        # Noted at once: where a peer fails, this rank's registration is undone with the machine.
+        self._windows.append(CudaWindow(self._communicator, memory, num_bytes))
 
     def host_words(self, count: int) -> PinnedWords:
         return PinnedWords(count)

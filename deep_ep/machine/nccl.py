@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from deep_ep.environment import Environment
 from deep_ep.errors import EPEnvironmentError, EPError, EPTopologyError
-from deep_ep.machine import import_cuda_extra
+from deep_ep.machine import do_together, import_cuda_extra
 
 logger = logging.getLogger("deep_ep")
 
@@ -179,20 +179,37 @@ class Communicator:
 
         Raises:
             EPTopologyError: some ranks cannot reach each other by load and store.
+            EPError: another rank has failed.
         """
         self._group = group
-        self._core = import_cuda_extra("nccl.core")
-        borrowed = _pointer_of(group, device) if environment.reuse_nccl_comm else 0
+        self._communicator: Any = None
+        borrowed = do_together(lambda: self._to_borrow(device, environment), all_gather_object)
         self._owned = not borrowed
-        with torch.cuda.device(device):
-            # nccl4py's object holds the bare pointer: letting go of it destroys nothing, in either version.
-            self._communicator = self._core.Communicator(borrowed) if borrowed else self._create(all_gather_object)
-        self._require_one_domain()
+        try:
+            with torch.cuda.device(device):
+                # nccl4py's object holds the bare pointer: letting go of it destroys nothing, in either version.
+                if borrowed:
+                    self._communicator = self._core.Communicator(borrowed)
+                else:
+                    self._create(all_gather_object)
+            do_together(self._require_one_domain, all_gather_object)
+        except BaseException:
+            self.close(together=False)
+            raise
 
-    def _create(self, all_gather_object: Callable[[Any, str], list[Any]]) -> Any:
-        mine = self._core.get_unique_id().as_bytes if self._group.rank() == 0 else None
+    def _to_borrow(self, device: torch.device, environment: Environment) -> int:
+        """The address of the group's communicator; 0 for one of our own."""
+        self._core = import_cuda_extra("nccl.core")
+        return _pointer_of(self._group, device) if environment.reuse_nccl_comm else 0
+
+    def _create(self, all_gather_object: Callable[[Any, str], list[Any]]) -> None:
+        def init() -> None:  # noted at once: where a peer fails, it is to be ended here too
+            self._communicator = self._core.Communicator.init(self._group.size(), self._group.rank(), unique_id)
+
+        is_first = self._group.rank() == 0
+        mine = do_together(lambda: self._core.get_unique_id().as_bytes if is_first else None, all_gather_object)
         unique_id = self._core.UniqueId.from_bytes(all_gather_object(mine, "to make a communicator")[0])
-        return self._core.Communicator.init(self._group.size(), self._group.rank(), unique_id)
+        do_together(init, all_gather_object)
 
     def _require_one_domain(self) -> None:
         """Until there are kernels for the network, every rank must reach every other by load and store."""

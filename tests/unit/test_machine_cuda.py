@@ -19,6 +19,7 @@ from deep_ep import jit
 from deep_ep.environment import Environment
 from deep_ep.errors import EPEnvironmentError, EPError
 from deep_ep.machine import cuda, raise_together
+from deep_ep.machine.meeting import Limits
 
 driver = pytest.importorskip("cuda.bindings.driver")
 
@@ -255,22 +256,63 @@ def test_a_problem_of_one_rank_is_told_to_all(machine: cuda.CudaMachine, monkeyp
         raise_together(EPEnvironmentError("mine"), machine.all_gather_object)
 
 
-def test_a_rank_without_memory_tells_its_peers(machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(*_: Any) -> None:
-        raise torch.OutOfMemoryError("no memory")
+STEPS = ("allocate", "register")
 
-    gathered: list[Any] = []
-    monkeypatch.setattr(machine, "all_gather_object", lambda value, what: gathered.append(value) or [value, value])
-    monkeypatch.setattr(cuda.nccl, "allocate", allocate)
-    with pytest.raises(torch.OutOfMemoryError):
-        machine.allocate_window(4)
-    assert gathered == [4, "OutOfMemoryError: no memory"]
-    monkeypatch.setattr(
-        machine, "all_gather_object", lambda value, what: [4, 4] if value == 4 else [value, "no memory"]
-    )
-    monkeypatch.setattr(cuda.nccl, "allocate", lambda *_: None)
-    with pytest.raises(EPError, match="rank 1 of the group cannot take part: no memory"):
-        machine.allocate_window(4)
+
+@pytest.mark.parametrize("failing", STEPS)
+@pytest.mark.parametrize("here", [True, False])
+def test_a_rank_without_memory_tells_its_peers(
+    machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch, failing: str, here: bool
+) -> None:
+    """Or one whose window cannot be registered, for whatever reason."""
+
+    def step(name: str, result: Any) -> Any:
+        steps.append(name)
+        if here and name == failing:
+            raise torch.OutOfMemoryError("no memory")
+        return result
+
+    def gather(value: Any, what: str) -> list[Any]:
+        if what == "to allocate the window":
+            return [value, value]
+        told.append(value)
+        return [value, "no memory" if not here and steps[-1] == failing else None]
+
+    steps: list[str] = []
+    told: list[str | None] = []
+    monkeypatch.setattr(machine, "all_gather_object", gather)
+    monkeypatch.setattr(cuda.nccl, "allocate", lambda *_: step("allocate", torch.zeros(4)))
+    register = lambda memory: step("register", ("window", (1, 2)))  # noqa: E731
+    machine._communicator = SimpleNamespace(register=register)  # type: ignore[assignment]
+    if here:
+        with pytest.raises(torch.OutOfMemoryError):
+            machine.allocate_window(4)
+    else:
+        with pytest.raises(EPError, match="rank 1 of the group cannot take part: no memory"):
+            machine.allocate_window(4)
+    assert steps == list(STEPS[: STEPS.index(failing) + 1])
+    assert told[-1] == ("OutOfMemoryError: no memory" if here else None)
+    # What was registered is undone with the machine.
+    assert len(machine._windows) == (failing == "register" and not here)
+
+
+@pytest.mark.parametrize("failing", ["look", "warm up"])
+def test_any_failure_of_a_host_is_told(
+    machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Not only what we know by name: a rank that says nothing leaves its peers waiting."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("libcuda.so.1 is a text file")
+
+    told: list[str | None] = []
+    monkeypatch.setattr(cuda, "Meeting", lambda *_: SimpleNamespace(all_gather=lambda value, *_: [told.append(value)]))
+    monkeypatch.setattr(cuda.CudaMachine, "_look_at_host", fail if failing == "look" else lambda self: None)
+    monkeypatch.setattr(cuda.nccl, "warm_up", fail)
+    group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1, bound_device_id=torch.device("cuda", 0))
+    with pytest.raises(OSError, match="is a text file"):
+        cuda.CudaMachine(group, Environment(), Limits())
+    assert told == [None] * (failing == "warm up") + ["OSError: libcuda.so.1 is a text file"]
 
 
 def test_captures_have_numbers(machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deep_ep.environment import Environment
-from deep_ep.errors import EPEnvironmentError, EPTopologyError
+from deep_ep.errors import EPEnvironmentError, EPError, EPTimeoutError, EPTopologyError
 from deep_ep.machine import nccl
 
 LIBRARY = nccl.Library(Path("/site/nvidia/nccl/lib/libnccl.so.2"), (2, 30, 7))
@@ -165,9 +165,10 @@ def fake_group(num_ranks: int = 2) -> Any:
 
 
 def open_communicator(group: Any, **settings: Any) -> nccl.Communicator:
-    return nccl.Communicator(
-        group, torch.device("cuda", 0), Environment(**settings), lambda value, what: [b"the id of rank 0", value]
-    )
+    def gather(value: Any, what: str) -> list[Any]:
+        return [b"the id of rank 0" if what == "to make a communicator" else None, value]
+
+    return nccl.Communicator(group, torch.device("cuda", 0), Environment(**settings), gather)
 
 
 @pytest.mark.usefixtures("fake_nccl4py")
@@ -202,6 +203,43 @@ def test_a_communicator_of_our_own_is_ended_once() -> None:
         communicator.close(together)
         communicator.close(together)
         assert (ours.destroyed, ours.aborted) == (int(together), int(not together))
+
+
+@pytest.mark.parametrize("when", range(4))
+def test_a_peer_that_fails_leaves_no_communicator(fake_nccl4py: SimpleNamespace, when: int) -> None:
+    """Whatever it fails at: finding the library, naming the communicator, making it, or seeing who reaches whom."""
+
+    def gather(value: Any, what: str) -> list[Any]:
+        if what == "to make a communicator":
+            return [b"the id of rank 0", value]
+        steps.append(what)
+        return ["RuntimeError: out of memory" if len(steps) == when + 1 else None, value]
+
+    steps: list[str] = []
+    with pytest.raises(EPError, match="rank 0 of the group cannot take part: RuntimeError: out of memory"):
+        nccl.Communicator(fake_group(), torch.device("cuda", 0), Environment(reuse_nccl_comm=False), gather)
+    assert [ours.aborted for ours in FakeCommunicator.made] == [1] * (when >= 2)
+
+
+def test_what_fails_here_is_told(fake_nccl4py: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the peers do not come to hear it."""
+
+    def gather(value: Any, what: str) -> list[Any]:
+        if what == "to make a communicator":
+            return [b"the id of rank 0", value]
+        if value is None:
+            return [None, None]
+        told.append(value)
+        raise EPTimeoutError("rank 1 waited 300 s for ranks [0]")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    told: list[str] = []
+    monkeypatch.setattr(FakeCommunicator, "__init__", fail)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        nccl.Communicator(fake_group(), torch.device("cuda", 0), Environment(reuse_nccl_comm=False), gather)
+    assert told == ["RuntimeError: out of memory"]
 
 
 @pytest.mark.parametrize("null_window", [None, SimpleNamespace(handle=0)], ids=["0.3.1.post1", "0.6.0"])
