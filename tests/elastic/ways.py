@@ -22,9 +22,11 @@ from deep_ep import ElasticBuffer, EPHandle
 from deep_ep.utils import per_token_cast_back, per_token_cast_to_fp8
 from tests.elastic import cases, dispatches, ranks
 from tests.elastic.dispatches import Options
+from tests.elastic.memory import Memory, check_growth
 
 TOKENS, HIDDEN, MOST = 7, 80, 16
 SHORT_SLEEP = 10**8  # clocks of a GPU, some 50 ms
+LARGE, WARM_UP, COMINGS = 32 << 20, 2, 8  # bytes of windows, of which few may not be left; buffers that come and go
 
 
 def build(group: dist.ProcessGroup) -> ElasticBuffer:
@@ -138,6 +140,25 @@ def a_buffer_that_is_dropped(group: dist.ProcessGroup, device: torch.device) -> 
     cases.run(draw(41, group), after, device)
     after.destroy()
     others.destroy()
+
+
+def buffers_that_come_and_go(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Destroyed or dropped, with calls between: each leaves nothing."""
+    before: Memory | None = None
+    for round_idx in range(WARM_UP + COMINGS):
+        if round_idx == WARM_UP:
+            before = Memory.now(device)
+        buffer = ElasticBuffer(group, num_bytes=LARGE, num_max_tokens_per_rank=MOST)
+        cases.run(draw(45, group), buffer, device)
+        dist.barrier()
+        if round_idx % 2:
+            buffer.destroy()
+        del buffer
+        gc.collect()
+    build(group).destroy()  # frees what was dropped
+    dist.barrier()
+    assert before is not None
+    check_growth(before, Memory.now(device), COMINGS)
 
 
 def rows_with_gaps(group: dist.ProcessGroup, device: torch.device) -> None:
@@ -377,6 +398,7 @@ WAYS: tuple[Callable[[dist.ProcessGroup, torch.device], None], ...] = (
     one_buffer_for_all_sizes,
     a_group_that_goes_first,
     a_buffer_that_is_dropped,
+    buffers_that_come_and_go,
     rows_with_gaps,
     beside_the_compute_stream,
     who_keeps_memory,
