@@ -34,6 +34,7 @@ ways        correct    150
 streams     correct    150
 graphs      correct    240
 mishaps     correct    150
+mishaps3    more       240
 importers   correct    100
 bad_input   correct    100
 worlds      more       300
@@ -77,14 +78,12 @@ step_precompile() {
   for lineinfo in 0 1; do
     EP_JIT_WITH_LINEINFO=$lineinfo python3 - <<'PYTHON'
 import torch
-from concurrent.futures import ThreadPoolExecutor
 from deep_ep import environment, jit
 from deep_ep.ops import all_kernels
 
 settings, architecture = environment.read(), "sm_{}{}a".format(*torch.cuda.get_device_capability())
-build = lambda kernel: jit.build(kernel, jit.default_toolchain(kernel, architecture, settings))
-with ThreadPoolExecutor() as pool:
-    print(len(list(pool.map(build, all_kernels("cuda")))), "kernels for", architecture)
+toolchain = lambda kernel: jit.default_toolchain(kernel, architecture, settings)
+print(len(jit.precompile(all_kernels("cuda"), toolchain)), "kernels for", architecture)
 PYTHON
   done
 }
@@ -96,6 +95,7 @@ step_ways() { elastic ways; }
 step_streams() { elastic streams; }
 step_graphs() { elastic graphs; }
 step_mishaps() { elastic mishaps; }
+step_mishaps3() { NCCL_MULTI_RANK_GPU_ENABLE=1 ranks 3 -m tests.elastic.mishaps --machine cuda; } # two live on
 step_importers() { elastic importers; }
 step_bad_input() { EP_BUFFER_DEBUG=1 elastic bad_calls; }
 step_worlds() { # the same ways in other surroundings
@@ -109,7 +109,11 @@ step_gradients() {
   elastic gradients --backend inductor
 }
 step_covering() { elastic worker --covering : --check-memory; }
-step_examples() { for example in examples/*.py; do ranks 2 "$example"; done; }
+step_examples() { # with what a host has that can install nothing
+  ranks 2 examples/moe_layer.py
+  ranks 2 examples/train_moe.py --plain
+  ranks 2 examples/decode.py
+}
 step_trips() { elastic worker --seeds "$TRIPS" --check-memory; }
 step_memcheck() { sanitize memcheck; }
 step_racecheck() { sanitize racecheck; }

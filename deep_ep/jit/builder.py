@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,8 +97,11 @@ def build_files(
     return built
 
 
-def precompile(kernels: Sequence[Kernel], toolchain: Toolchain) -> list[Built]:
+def precompile(kernels: Sequence[Kernel], toolchain_of: Callable[[Kernel], Toolchain]) -> list[Built]:
     """Build several kernels now, a few at a time, so that no first call waits for a compiler.
+
+    Args:
+        toolchain_of: says what builds a kernel.
 
     Returns:
         what ``build`` returns, in the order of kernels.
@@ -106,8 +109,8 @@ def precompile(kernels: Sequence[Kernel], toolchain: Toolchain) -> list[Built]:
     Raises:
         as ``build``; the first error, after all others have ended.
     """
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda kernel: build(kernel, toolchain), kernels))
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # compilers give the GIL away
+        return list(pool.map(lambda kernel: build(kernel, toolchain_of(kernel)), kernels))
 
 
 @dataclass(frozen=True)

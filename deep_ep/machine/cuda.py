@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -130,12 +129,11 @@ class CudaMachine:
         missing = [kernel for kernel in kernels if kernel not in self._loaded]
         for kernel in missing:
             self._refuse_capture(f"kernel {kernel.name} is used for the first time and cannot be loaded")
-        with ThreadPoolExecutor() as pool:  # compilers give the GIL away
-            for kernel, built in zip(missing, pool.map(self._build, missing), strict=True):
-                self._loaded[kernel] = self._load(kernel, built)
+        for kernel, built in zip(missing, jit.precompile(missing, self._toolchain_of), strict=True):
+            self._loaded[kernel] = self._load(kernel, built)
 
-    def _build(self, kernel: jit.Kernel) -> jit.Built:
-        return jit.build(kernel, jit.default_toolchain(kernel, self._architecture, self._environment))
+    def _toolchain_of(self, kernel: jit.Kernel) -> jit.Toolchain:
+        return jit.default_toolchain(kernel, self._architecture, self._environment)
 
     def _load(self, kernel: jit.Kernel, built: jit.Built) -> _LoadedKernel:
         with torch.cuda.device(self.device):

@@ -52,10 +52,13 @@ def test_mishaps() -> None:
 
 
 @pytest.mark.gpu
-def test_mishaps_on_gpus() -> None:
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_mishaps_on_gpus(num_ranks: int) -> None:
+    """Of three ranks, which share the two GPUs, two go on after a death."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs in one NVLink domain, this host has {torch.cuda.device_count()}")
-    output = torchrun(2, "tests.elastic.mishaps", "--machine", "cuda", CUDA_VISIBLE_DEVICES="0,1").check()
+    variables = {"CUDA_VISIBLE_DEVICES": "0,1", "NCCL_MULTI_RANK_GPU_ENABLE": "1"}
+    output = torchrun(num_ranks, "tests.elastic.mishaps", "--machine", "cuda", **variables).check()
     assert output.count(": OK") == len(mishaps.MISHAPS), output
 
 

@@ -101,7 +101,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaMachine:
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(jit, "build", lambda kernel, toolchain: SimpleNamespace(code=b"cubin"))
+    monkeypatch.setattr(jit.builder, "build", lambda kernel, toolchain: SimpleNamespace(code=b"cubin"))
     monkeypatch.setattr(jit, "default_toolchain", lambda kernel, architecture, environment: architecture)
     machine = object.__new__(cuda.CudaMachine)  # without a group and a GPU
     vars(machine).update(
