@@ -1,10 +1,11 @@
 """Which division of a block's warps and a launch's blocks is fastest:
 
-    torchrun --nproc-per-node 2 -m benchmarks.roles --try-dispatch "9,3,1 14,2,1 1.4" --try-combine "3,4,1 20 24"
+    torchrun --nproc-per-node 2 -m benchmarks.roles --try-dispatch "9,3,1 14,2,1 1.4" --try-combine "3,4,1 20 24 none"
 
 A crew is warps,stages,storing (deep_ep/plan.py). --try-dispatch is "send crew, receive crew, send cost",
---try-combine and --try-sums (combine of expanded rows) "send crew, warps of a block, sending blocks"; each may be given
-many times. Prints the median of each in microseconds. With none, sweeps all around what plan.py holds.
+--try-combine and --try-sums (combine of expanded rows) "send crew, warps of a block, sending blocks, heralds or none";
+each may be given many times. Prints the median of each in microseconds. With nothing to try, sweeps all around what
+plan.py holds.
 """
 
 from __future__ import annotations
@@ -27,18 +28,14 @@ DISPATCHES = [
     for cost in (1.0, 1.4, 2.0)
 ]
 COMBINES = [
-    f"{send} {warps} {blocks}"
+    f"{send} {warps} {blocks} {heralds}"
     for send in ("2,6,2", "3,4,1", "3,5,2", "4,3,1", "6,2,1")
-    for warps in (16, 20, 24)
-    for blocks in (8, 12, 16, 24)
-]
-
-SUMS = [
-    f"{send} {warps} {blocks}"
-    for send in ("4,3,1", "5,3,1", "7,2,1", "10,2,1")
     for warps in (16, 20)
     for blocks in (12, 24)
+    for heralds in ("heralds", "none")
 ]
+
+SUMS = [f"{send} {warps} 24 none" for send in ("4,2,1", "5,2,1", "6,2,1", "7,2,1") for warps in (12, 16)]
 
 
 # What each kind of roles is timed with (workload.py).
@@ -59,8 +56,8 @@ def parse_dispatch(text: str, usual: plan.Roles) -> plan.Roles:
 
 
 def parse_combine(text: str, num_sms: int) -> plan.CombineRoles:
-    send, warps, blocks = text.split()
-    return plan.CombineRoles(crew(send), int(warps), int(blocks) / num_sms)
+    send, warps, blocks, heralds = text.split()
+    return plan.CombineRoles(crew(send), int(warps), int(blocks) / num_sms, heralds=heralds == "heralds")
 
 
 def divisions(

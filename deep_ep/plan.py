@@ -100,9 +100,11 @@ class CombineRoles:
 
     send: Crew
     num_warps: int
-    """Of a block, those that send included, and as many that announce what they send."""
+    """Of a block, those that send included, and as many heralds if there are any."""
     send_share: float
     """Of a launch's blocks, the part that has a crew; in the other blocks all warps add."""
+    heralds: bool
+    """Whether others announce what the crew sends, or the crew itself, which costs it time and the block no warps."""
 
     @property
     def num_threads(self) -> int:
@@ -130,12 +132,12 @@ ROLES = {
         dispatch=Roles(
             send=Crew(9, 3, 1),
             receive=Crew(9, 3, 1),
-            send_cost=1.25,
+            send_cost=1.0,
             expanded_send_cost=1.6,
             tokens_per_counter=256,
         ),
-        combine=CombineRoles(send=Crew(2, 6, 1), num_warps=20, send_share=1.0),
-        combine_sums=CombineRoles(send=Crew(5, 2, 1), num_warps=16, send_share=1.0),
+        combine=CombineRoles(send=Crew(2, 6, 1), num_warps=20, send_share=1.0, heralds=True),
+        combine_sums=CombineRoles(send=Crew(5, 2, 1), num_warps=12, send_share=1.0, heralds=False),
     ),
     "simulated": RolesOfMachine(
         dispatch=Roles(
@@ -145,8 +147,8 @@ ROLES = {
             expanded_send_cost=1.6,
             tokens_per_counter=8,
         ),
-        combine=CombineRoles(send=Crew(1, 3, 2), num_warps=4, send_share=1.0),
-        combine_sums=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0),
+        combine=CombineRoles(send=Crew(1, 3, 2), num_warps=4, send_share=1.0, heralds=True),
+        combine_sums=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0, heralds=False),
     ),
 }
 
@@ -158,7 +160,7 @@ def mailboxes_bytes(crew: Crew) -> int:
 
 def tables_bytes(num_experts: int) -> int:
     """Bytes of a dispatch block's tables, as Tables::bytes in include/deep_ep/phases/tables.cuh."""
-    words = 4 + 3 * num_experts + 4 * MAX_RANKS + 4
+    words = 4 + 4 * num_experts + 4 * MAX_RANKS + 4
     return align(4 * words, 128)
 
 
@@ -225,9 +227,9 @@ def warp_counts_bytes(num_experts: int) -> int:
 
 
 def num_count_warps(roles: Roles, num_experts: int, num_ranks: int, shared_limit: int) -> int:
-    """Warps of a dispatch block that count tokens: all, or as many as have room for their counts."""
+    """Warps of a dispatch block that count tokens: all but one, or as many as have room for their counts."""
     room = (shared_limit - tables_bytes(num_experts) - mailboxes_bytes(roles.send)) // warp_counts_bytes(num_experts)
-    return min(roles.num_threads // 32, room)
+    return min(roles.num_threads // 32 - 1, room)
 
 
 def plan_combine(roles: CombineRoles, record: Record, shared_limit: int) -> Ring:

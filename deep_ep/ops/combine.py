@@ -24,6 +24,7 @@ class CombineConfig:
     num_send_warps: int
     num_send_stages: int
     num_send_storing: int
+    num_heralds: int
     num_warps: int
     returned: Return
 
@@ -73,7 +74,14 @@ def combine_kernel(roles: RolesOfMachine, returned: Return) -> Kernel:
     """One kernel for all sizes; a launch's ``num_send_blocks`` says in how many blocks warps send."""
     division = combine_roles(roles, returned)
     send = division.send
-    config = CombineConfig(send.num_warps, send.num_stages, send.num_storing, division.num_warps, returned)
+    config = CombineConfig(
+        num_send_warps=send.num_warps,
+        num_send_stages=send.num_stages,
+        num_send_storing=send.num_storing,
+        num_heralds=send.num_warps if division.heralds else 0,
+        num_warps=division.num_warps,
+        returned=returned,
+    )
     return Kernel("combine", config, CombineArgs, division.num_threads)
 
 

@@ -1,8 +1,8 @@
 #pragma once
 // Combine inside one NVLink domain: every token's results come home and are added, in one order everywhere.
 //
-// The first warps of a launch's sending blocks push the rows of other ranks' tokens to their owners' staging regions.
-// As many more announce what has been sent. All other warps add the parts of this rank's tokens as they arrive; its own
+// The first warps of a launch's sending blocks push the rows of other ranks' tokens to their owners' staging regions. As
+// many more may announce what has been sent. All other warps add the parts of this rank's tokens as they arrive; its own
 // part comes straight from x. A few warps with deep rings fill the link; adding takes no shared memory, so all fit into
 // one block.
 //
@@ -22,6 +22,7 @@ struct CombineConfig {
   int num_send_warps;   // of a sending block
   int num_send_stages;  // of each of their rings (ring.cuh)
   int num_send_storing;
+  int num_heralds;  // as many as there are sending warps, or none: those announce what they have sent (announce.cuh)
   int num_warps;    // of every block
   Return returned;  // what of a token comes home
 };
@@ -41,17 +42,19 @@ struct CombineArgs {
 
 template <CombineConfig C>
 EP_DEVICE void send(const CombineArgs& a, uint32_t epoch, Mailbox& box) {
+  constexpr By kBy = C.num_heralds > 0 ? By::kHerald : By::kSender;
   const int warp = device::warp_idx();
-  if (!admit_warp(a.window, epoch, a.patience)) return Announcer(a.window, box).finish();
+  if (!admit_warp(a.window, epoch, a.patience)) return Announcer<kBy>(a.window, epoch, box).finish();
   using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
   char* rings = device::shared_memory<char>(Mailbox::bytes(C.num_send_warps));
   const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.stage_bytes);
-  push_rows<C.returned>(ring, a.window, a.results, a.routing.max_tokens, a.piece_bytes, box);
+  push_rows<C.returned, kBy>(ring, a.window, a.results, a.routing.max_tokens, a.piece_bytes, epoch, box);
 }
 
 template <CombineConfig C>
 EP_DEVICE void combine(const CombineArgs& a) {
-  static_assert(2 * C.num_send_warps < C.num_warps, "where every block sends, some of its other warps add");
+  static_assert(C.num_heralds == 0 || C.num_heralds == C.num_send_warps);
+  static_assert(C.num_send_warps + C.num_heralds < C.num_warps, "where every block sends, some of its other warps add");
   if (is_broken(a.window)) return;
   const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
   const Plan plan = plan_of(kCombine, a.plan_flags, a.routing, a.results.record, *a.routes);
@@ -63,7 +66,7 @@ EP_DEVICE void combine(const CombineArgs& a) {
   device::sync_block();
   if (sender && warp < C.num_send_warps) {
     send<C>(a, epoch, boxes[warp]);
-  } else if (sender && warp < 2 * C.num_send_warps) {
+  } else if (sender && warp < C.num_send_warps + C.num_heralds) {
     announce(a.window, epoch, boxes[warp - C.num_send_warps]);
   } else {
     // Nothing is indexed by what arrives, so only one warp waits for the answer; the others do its work meanwhile.

@@ -29,54 +29,56 @@
 
 namespace deep_ep {
 
-// One warp of a block asks what the others call, the last: the first ones have more to do.
-EP_DEVICE bool asks_others() { return device::warp_idx() == device::num_threads() / 32 - 1; }
-
 // Finds the slots and positions of this rank's tokens and tells all ranks: the counts as soon as they are known; labels,
-// which lie where this call's sizes say, once all ranks agree on those. Collective over the block; returns, to all
-// threads alike, whether they do, and the counts of all blocks came.
+// which lie where this call's sizes say, once all ranks agree on those. By all warps of a counting block but the last.
 template <PlacesFrom kFrom>
-EP_DEVICE bool tell(const DispatchArgs& a, uint32_t epoch, const Plan& plan, const Blocks& team, const Tables& tables) {
+EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, const Tables& tables) {
   const int warp = device::warp_idx();
-  const bool counts_tokens = warp < a.num_count_warps;
   const Range range = part_of({0, a.routing.num_tokens}, team.own(), team.count);
-  const Range share = part_of(range, warp, a.num_count_warps);
+  const Range share = warp < a.num_count_warps ? part_of(range, warp, a.num_count_warps) : Range{0, 0};
   const WarpCounts counts{device::shared_memory<int>(a.tables_bytes), a.routing.num_experts};
   if constexpr (kFrom == PlacesFrom::kSelections) {
-    if (counts_tokens) {
-      count_selections(a.routing, warp, share, counts);
-      count_tokens(a.routing, warp, share, a.window.num_ranks, counts);
-    }
-    device::sync_block();
+    if (warp < a.num_count_warps) count_share(a.routing, warp, share, counts);
+    sync_counting();
     sum_over_warps(a.num_count_warps, a.routing.num_experts, counts, tables);
-    device::sync_block();
+    sync_counting();
     if (team.count == 1) {
       look_at_own(a.routing.num_experts, tables);
     } else {
       share_counts(a.window, epoch, a.routing.num_experts, tables);
-      device::sync_block();
+      sync_counting();
       look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
     }
+    sync_counting();
   }
-  device::sync_block();
-  // Nobody takes `ok` back between its being looked at and the next sync_block.
-  const bool all_came = device::load_relaxed_gpu(tables.ok) != 0;
+  const bool all_came = tables.is(Ok::kCounts);  // nobody takes it back any more
   if (all_came && kFrom == PlacesFrom::kSelections) {
     publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
   }
-  device::sync_block();
-  if (asks_others() && !agree(a.window, epoch, plan, a.patience)) device::store_relaxed_gpu(tables.ok, 0);
-  device::sync_block();
-  const bool all_agree = device::load_relaxed_gpu(tables.ok) != 0;
-  if (all_agree) {
-    if (counts_tokens) {
-      route<kFrom>({a.window, a.routing, a.record, a.weights, a.slots, counts, tables, warp}, epoch, share);
-    }
-    if (a.kept_idx != nullptr) keep_selections(a.routing, range, a.kept_idx);
-  }
+  if (all_came && a.kept_idx != nullptr) keep_selections(a.routing, range, a.kept_idx);
+  const Router router{a.window, a.routing, a.record, a.weights, a.slots, counts, tables, warp};
+  const Abreast abreast(a.routing.num_topk);
+  const Routed first = load_routed<kFrom>(router, abreast, share.begin, min_of(share.begin + 32, share.end));
+  hear_answer();
+  if (all_came && tables.is(Ok::kAgrees)) route<kFrom>(router, epoch, share, abreast, first);
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
-  device::sync_block();
-  return all_agree;
+}
+
+// What the last warp does meanwhile, and in a block that only receives: it asks whether all ranks agree, and learns where
+// everything that comes will stand.
+template <PlacesFrom kFrom>
+EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool counts, bool learns,
+                   const Tables& tables) {
+  const bool all_agree = agree(a.window, epoch, plan, a.patience);
+  if (!all_agree) tables.take_back(Ok::kAgrees);
+  if (counts) give_answer();
+  if (!learns || !all_agree) return;
+  learn_tokens(a.window, epoch, a.patience, tables);
+  if constexpr (kFrom == PlacesFrom::kHandle) {
+    recall(a.window, a.routing.experts_per_rank, a.counts, tables);
+  } else {
+    collect(a.window, epoch, a.routing.experts_per_rank, a.alignment, a.patience, tables);
+  }
 }
 
 template <DispatchConfig C>
@@ -87,50 +89,40 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   const Tables tables = Tables::at(device::shared_memory<int>(), a.routing.num_experts);
   const Blocks counters = blocks_from(a.first_count_block), receivers = blocks_from(a.num_send_blocks);
   const bool sender = sends(a.num_send_blocks), receiver = !sender, counts = counters.has_own();
+  const bool reports = counts && a.host_words != nullptr && counters.own() == 0;
   const int experts_per_rank = a.routing.experts_per_rank, warp = device::warp_idx();
   Mailbox* boxes = device::shared_memory<Mailbox>(Tables::bytes(a.routing.num_experts));
   char* rings = device::shared_memory<char>(a.tables_bytes);
-  const auto good = [&] { return device::load_relaxed_gpu(tables.ok) != 0; };
 
-  if (device::thread_idx() == 0) device::store_relaxed_gpu(tables.ok, 1);
+  tables.open();
   if (sender) open_mailboxes(boxes, C.num_send_warps);
   device::sync_block();
   const Record said{a.record.row_bytes, a.scales.bytes()};  // not rounded up
   const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, said, kRecalls ? *a.counts.number : 0);
   if (sender && device::block_idx() == 0) propose(a.window, epoch, plan);
-  if (sender || counts) admit(a.window, epoch, a.patience, tables.ok);
-  bool told = true;
-  if (counts) {
-    device::sync_block();
-    told = tell<C.places_from>(a, epoch, plan, counters, tables);
-  }
-
-  const bool reports = counts && a.host_words != nullptr && counters.own() == 0;
-  if ((receiver || reports) && told) {
-    if (!counts && asks_others() && !agree(a.window, epoch, plan, a.patience)) {
-      device::store_relaxed_gpu(tables.ok, 0);
-    }
-    learn_tokens(a.window, epoch, a.patience, tables);
-    if constexpr (kRecalls) {
-      recall(a.window, experts_per_rank, a.counts, tables);
-    } else {
-      collect(a.window, epoch, experts_per_rank, a.alignment, a.patience, tables);
-      if (reports && good()) report_to_host(a.window, experts_per_rank, tables, a.host_words);
-      if (receiver && good() && receivers.own() == 0)
-        report_counts(a.window, epoch, experts_per_rank, a.alignment, tables, a.counts);
-    }
+  if (sender || counts) admit(a.window, epoch, a.patience, tables);
+  if (counts) device::sync_block();
+  if ((counts || receiver) && asks_others()) {
+    ask<C.places_from>(a, epoch, plan, counts, receiver || reports, tables);
+  } else if (counts) {
+    tell<C.places_from>(a, epoch, counters, tables);
   }
   device::sync_block();
+  const bool good = tables.are_all();  // nothing is taken back any more
 
-  if (receiver && good() && receivers.own() == 0) add_to_stats(experts_per_rank, tables, a.stats);
-  if (sender && warp < C.num_send_warps && good()) {
+  if (reports && good) report_to_host(a.window, experts_per_rank, tables, a.host_words);
+  if (receiver && good && receivers.own() == 0) {
+    if (!kRecalls) report_counts(a.window, epoch, experts_per_rank, a.alignment, tables, a.counts);
+    add_to_stats(experts_per_rank, tables, a.stats);
+  }
+  if (sender && good && warp < C.num_send_warps) {
     using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
     const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
-    scatter(ring, a.window, a.routing, a.rows, a.scales, a.record, a.send_piece_bytes, boxes[warp]);
-  } else if (sender && warp < 2 * C.num_send_warps && good()) {
+    scatter(ring, a.window, a.routing, a.rows, a.scales, a.record, a.send_piece_bytes, epoch, boxes[warp]);
+  } else if (sender && good && warp < 2 * C.num_send_warps) {
     announce(a.window, epoch, boxes[warp - C.num_send_warps]);
   }
-  if (receiver && good()) {
+  if (receiver && good) {
     if (warp < C.num_receive_warps) {
       using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
       const ReceiveRing ring = ReceiveRing::at(rings, warp, C.num_receive_warps, a.receive_stage_bytes);

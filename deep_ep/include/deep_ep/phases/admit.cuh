@@ -1,8 +1,8 @@
 #pragma once
 // reads         control.drained
-// writes        ok, for a block
+// writes        tables.ok, for a block
 // waits for     every peer to have read what this rank sent it in the operation before
-// leaves behind permission to write to any peer, or ok == 0 (once the block has synchronised)
+// leaves behind permission to write to any peer, or not (once the block has synchronised)
 
 #include <deep_ep/phases/tables.cuh>
 #include <deep_ep/wire/phase.cuh>
@@ -24,8 +24,8 @@ EP_DEVICE bool admitted_by(const Window& window, int peer, uint32_t epoch, const
   return drained;
 }
 
-EP_DEVICE void admit(const Window& window, uint32_t epoch, const device::Patience& patience, int* ok) {
-  if (!admitted_by(window, device::thread_idx(), epoch, patience)) device::store_relaxed_gpu(ok, 0);
+EP_DEVICE void admit(const Window& window, uint32_t epoch, const device::Patience& patience, const Tables& tables) {
+  if (!admitted_by(window, device::thread_idx(), epoch, patience)) tables.take_back(Ok::kCounts);
 }
 
 // The same for one warp, which learns at once whether it may write.

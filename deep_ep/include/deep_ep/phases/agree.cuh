@@ -61,14 +61,14 @@ EP_DEVICE bool agree(const Window& window, uint32_t epoch, const Plan& plan, con
   return all_agree;
 }
 
-// Learns how many tokens each source has. Collective over the block, which takes ok back if a word never came.
+// Learns how many tokens each source has. Collective over the warp.
 EP_DEVICE void learn_tokens(const Window& window, uint32_t epoch, const device::Patience& patience,
                             const Tables& tables) {
-  const int source = device::thread_idx();
+  const int source = device::lane_idx();
   if (source >= window.num_ranks) return;
   const uint64_t* at = plan_word(window, epoch, window.rank, source, kTokensItem);
   int tokens = 0;
-  if (!await_word(at, epoch, patience, phase::kAgree, source, tokens)) device::store_relaxed_gpu(tables.ok, 0);
+  if (!await_word(at, epoch, patience, phase::kAgree, source, tokens)) tables.take_back(Ok::kLearns);
   tables.tokens_of[source] = tokens;
 }
 

@@ -1,10 +1,11 @@
 #pragma once
-// Telling peers that records have come. A release waits until all of a warp's accesses have been performed, so the warps
-// that send leave it to others, a herald each, and hand over what is complete a few tokens at a time.
+// Telling peers that records have come, a few tokens at a time. A release waits until all of a warp's accesses have been
+// performed. Where that would hold up the link, the warps that send leave it to others, a herald each, and hand over what
+// is complete.
 //
 // reads         nothing
 // writes        arrival marks at the peers
-// waits for     the sending warp's own bulk stores; the herald for the sender, and it for the herald
+// waits for     the sending warp's own bulk stores; the herald, if any, for the sender, and it for the herald
 // leaves behind at each peer a whole record before its mark: the mark is a release, read with load_acquire_sys
 
 #include <deep_ep/device/device.cuh>
@@ -31,19 +32,29 @@ EP_DEVICE void open_mailboxes(Mailbox* boxes, int num_warps) {
   device::fence_mbarrier_init();
 }
 
+enum class By { kSender, kHerald };
+
+// To the ranks that some lanes stand for: lane l has a slot at rank l % num_ranks, or -1.
+EP_DEVICE void release_slots(const Window& window, uint32_t epoch, int slot_of_lane) {
+  const int rank = device::lane_idx() % window.num_ranks;
+  if (slot_of_lane >= 0) device::store_release_sys(arrived(window, rank, window.rank, slot_of_lane), epoch);
+}
+
+// A sending warp's side of it; `box` is that of its herald.
+template <By kBy>
 class Announcer {
  public:
   static constexpr int kLag = 4;    // pieces that are stored after a batch before it is handed over
   static constexpr int kBatch = 4;  // tokens that are handed over together, at most
 
-  EP_DEVICE Announcer(const Window& window, Mailbox& box)
-      : num_ranks_(window.num_ranks), box_(box), batch_(min_of(kBatch, 32 / window.num_ranks)) {}
+  EP_DEVICE Announcer(const Window& window, uint32_t epoch, Mailbox& box)
+      : window_(window), epoch_(epoch), box_(box), batch_(min_of(kBatch, 32 / window.num_ranks)) {}
 
   // The piece that is being stored is the last of a token that goes to `slot_at_rank` of rank r on lane r (-1: not there).
   EP_DEVICE void add(int slot_at_rank) {
     const int lane = device::lane_idx();
-    const int slot = device::shuffle(slot_at_rank, lane % num_ranks_);
-    if (lane / num_ranks_ == open_) open_slot_ = slot;
+    const int slot = device::shuffle(slot_at_rank, lane % window_.num_ranks);
+    if (lane / window_.num_ranks == open_) open_slot_ = slot;
     ++open_;
   }
 
@@ -78,16 +89,22 @@ class Announcer {
         device::bulk_wait<1>();
       }
     }
-    if (handed_over_ > 0) device::mbarrier_wait(box_.empty, (handed_over_ - 1) & 1);
-    ++handed_over_;
-    box_.slots[device::lane_idx()] = closed_slot_;
-    if (device::lane_idx() == 0) box_.is_last = is_last;
-    device::mbarrier_arrive(box_.full);
+    if constexpr (kBy == By::kSender) {
+      device::sync_warp();  // one lane has waited for all
+      release_slots(window_, epoch_, closed_slot_);
+    } else {
+      if (handed_over_ > 0) device::mbarrier_wait(box_.empty, (handed_over_ - 1) & 1);
+      ++handed_over_;
+      box_.slots[device::lane_idx()] = closed_slot_;
+      if (device::lane_idx() == 0) box_.is_last = is_last;
+      device::mbarrier_arrive(box_.full);
+    }
     closed_slot_ = -1;
     closed_ = 0;
   }
 
-  const int num_ranks_;
+  const Window& window_;
+  const uint32_t epoch_;
   Mailbox& box_;
   const int batch_;
   int open_ = 0, open_slot_ = -1;      // tokens, and this lane's slot, of the batch that fills
@@ -105,7 +122,7 @@ EP_DEVICE void announce(const Window& window, uint32_t epoch, Mailbox& box) {
     const int slot = box.slots[lane];
     is_last = box.is_last != 0;
     device::mbarrier_arrive(box.empty);
-    if (slot >= 0) device::store_release_sys(arrived(window, lane % window.num_ranks, window.rank, slot), epoch);
+    release_slots(window, epoch, slot);
   }
 }
 

@@ -47,7 +47,7 @@ EP_DEVICE void zero_padding(int row_bytes, int experts_per_rank, int alignment, 
   const int first = team.own() * block_warps + warp;
   EP_NO_UNROLL
   for (int e = 0; e < experts_per_rank; ++e) {
-    const int start = tables.expert_row[e], count = tables.expert_total[e];  // source 0's rows come first
+    const int start = tables.expert_row[e], count = tables.coming[e];  // source 0's rows come first
     const int end = min_of(start + align_up(count, alignment), out.expanded_rows);
     EP_NO_UNROLL
     for (int row = start + count + first; row < end; row += num_warps) zero_row(out, row, row_bytes);

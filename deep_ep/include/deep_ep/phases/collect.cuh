@@ -1,8 +1,8 @@
 #pragma once
 // reads         the messages of all sources
-// writes        tables.row_base, .expert_row; .rank_total, .expert_total (of what comes now); .ok if one never came
+// writes        tables.row_base, .expert_row, .coming; .ok if one never came
 // waits for     the messages
-// leaves behind the final row of everything that will arrive
+// leaves behind (after the block has synchronised) the final row of everything that will arrive
 
 #include <deep_ep/phases/tables.cuh>
 #include <deep_ep/wire/integers.cuh>
@@ -13,63 +13,66 @@
 
 namespace deep_ep {
 
+// Collective over one warp of the block.
 EP_DEVICE void collect(const Window& window, uint32_t epoch, int experts_per_rank, int alignment,
                        const device::Patience& patience, const Tables& tables) {
-  const int thread = device::thread_idx(), num_threads = device::num_threads();
-  const auto await = [&](int source, int index, int& value) {
-    const bool came =
-        await_word(message(window, window.rank, source) + index, epoch, patience, phase::kCollect, source, value);
-    if (!came) {
-      device::store_relaxed_gpu(tables.ok, 0);
-      value = 0;
-    }
-  };
+  constexpr int kTogether = 4;  // looks that are under way at once
+  const int lane = device::lane_idx();
 
   // Of each source, its tokens and then its counts.
-  const int num_words = 1 + experts_per_rank;
+  const int num_words = 1 + experts_per_rank, num_items = window.num_ranks * num_words;
   EP_NO_UNROLL
-  for (int i = thread; i < window.num_ranks * num_words; i += num_threads) {
-    const int source = i / num_words, expert = i % num_words - 1;
-    int& place = expert < 0 ? tables.rank_total[source] : tables.expert_row[source * experts_per_rank + expert];
-    await(source, expert < 0 ? message_word::kTokens : message_word::kExperts + expert, place);
+  for (int first = lane; first < num_items; first += 32 * kTogether) {
+    uint64_t seen[kTogether];
+    const auto word_of = [&](int i) {
+      const int index = i % num_words;
+      const int at = index == 0 ? message_word::kTokens : message_word::kExperts + index - 1;
+      return message(window, window.rank, i / num_words) + at;
+    };
+    for (int j = 0; j < kTogether; ++j) {
+      const int i = first + 32 * j;
+      if (i < num_items) seen[j] = device::load_relaxed_sys(word_of(i));
+    }
+    for (int j = 0; j < kTogether; ++j) {
+      const int i = first + 32 * j, source = i / num_words, expert = i % num_words - 1;
+      if (i >= num_items) break;
+      int value = static_cast<int>(static_cast<uint32_t>(seen[j]));
+      if (static_cast<uint32_t>(seen[j] >> 32) != epoch &&
+          !await_word(word_of(i), epoch, patience, phase::kCollect, source, value)) {
+        tables.take_back(Ok::kLearns);
+        value = 0;
+      }
+      (expert < 0 ? tables.row_base + source + 1 : tables.expert_row + source * experts_per_rank + expert)[0] = value;
+    }
   }
-  device::sync_block();
+  device::sync_warp();
 
   // Sums over sources: rows of the plain layout; then, expert by expert, of the expanded one.
-  if (thread == 0) {
-    int rows = 0;
+  const int rows = device::inclusive_sum(lane < window.num_ranks ? tables.row_base[lane + 1] : 0);
+  if (lane == 0) tables.row_base[0] = 0;
+  if (lane < window.num_ranks) tables.row_base[lane + 1] = rows;
+  int start = 0;
+  EP_NO_UNROLL
+  for (int first = 0; first < experts_per_rank; first += 32) {
+    const int expert = first + lane;
+    int count = 0;
     EP_NO_UNROLL
-    for (int source = 0; source < window.num_ranks; ++source) {
-      tables.row_base[source] = rows;
-      rows += tables.rank_total[source];
+    for (int source = 0; expert < experts_per_rank && source < window.num_ranks; ++source) {
+      count += tables.expert_row[source * experts_per_rank + expert];
     }
-    tables.row_base[window.num_ranks] = rows;
-  }
-  if (thread < 32) {
-    int start = 0;
+    const int aligned = align_up(count, alignment);
+    const int inclusive = device::inclusive_sum(aligned);
+    int row = start + inclusive - aligned;
     EP_NO_UNROLL
-    for (int first = 0; first < experts_per_rank; first += 32) {
-      const int expert = first + thread;
-      int count = 0;
-      EP_NO_UNROLL
-      for (int source = 0; expert < experts_per_rank && source < window.num_ranks; ++source) {
-        count += tables.expert_row[source * experts_per_rank + expert];
-      }
-      const int aligned = align_up(count, alignment);
-      const int inclusive = device::inclusive_sum(aligned);
-      int row = start + inclusive - aligned;
-      EP_NO_UNROLL
-      for (int source = 0; expert < experts_per_rank && source < window.num_ranks; ++source) {
-        int& place = tables.expert_row[source * experts_per_rank + expert];
-        const int from_here = place;
-        place = row;
-        row += from_here;
-      }
-      start += device::shuffle(inclusive, 31);
-      if (expert < experts_per_rank) tables.expert_total[expert] = count;
+    for (int source = 0; expert < experts_per_rank && source < window.num_ranks; ++source) {
+      int& place = tables.expert_row[source * experts_per_rank + expert];
+      const int from_here = place;
+      place = row;
+      row += from_here;
     }
+    start += device::shuffle(inclusive, 31);
+    if (expert < experts_per_rank) tables.coming[expert] = count;
   }
-  device::sync_block();
 }
 
 }  // namespace deep_ep

@@ -9,6 +9,7 @@
 // leaves behind (after the block has synchronised) the counts of every warp
 
 #include <deep_ep/phases/tables.cuh>
+#include <deep_ep/wire/blocks.cuh>
 #include <deep_ep/wire/routing.cuh>
 
 namespace deep_ep {
@@ -20,57 +21,51 @@ struct WarpCounts {
   int num_experts;
 
   EP_DEVICE int stride() const { return num_experts + kMaxRanks + kMaxRanks * 32; }
-  EP_DEVICE int& expert(int warp, int e) const { return words[warp * stride() + e]; }
-  EP_DEVICE int& rank(int warp, int r) const { return words[warp * stride() + num_experts + r]; }
-  EP_DEVICE int& slot(int warp, int r, int token) const {
-    return words[warp * stride() + num_experts + kMaxRanks + r * 32 + token];
-  }
+  EP_DEVICE int* experts(int warp) const { return words + warp * stride(); }
+  EP_DEVICE int* ranks(int warp) const { return experts(warp) + num_experts; }
+  EP_DEVICE int& slot(int warp, int rank, int token) const { return ranks(warp)[kMaxRanks + rank * 32 + token]; }
 };
 
-// Selections of each expert, 32 at a time.
-EP_DEVICE void count_selections(const Routing& routing, int warp, Range share, const WarpCounts& counts) {
-  const int lane = device::lane_idx();
-  EP_NO_UNROLL
-  for (int e = lane; e < routing.num_experts; e += 32) counts.expert(warp, e) = 0;
+// Counts a number (-1: none) of every lane in. Returns how many were equal to this lane's: those that had been counted
+// before, and those of the lanes below. Collective over the warp, whose counts they are.
+EP_DEVICE int count_in(int* counts, int number) {
+  const uint32_t same = device::match_any(number);
+  const int before = number >= 0 ? counts[number] : 0;
   device::sync_warp();
-
-  const int64_t end = int64_t(share.end) * routing.num_topk;
-  int64_t entry = int64_t(share.begin) * routing.num_topk + lane;
-  int next = entry < end ? routing.expert(entry) : -1;
-  EP_NO_UNROLL
-  for (int64_t first = entry - lane; first < end; first += 32, entry += 32) {
-    const int expert = next;
-    next = entry + 32 < end ? routing.expert(entry + 32) : -1;  // on its way while these are counted
-    const uint32_t same = device::match_any(expert);
-    if (expert >= 0 && same >> lane == 1) counts.expert(warp, expert) += device::popcount(same);
-    device::sync_warp();
-  }
+  if (number >= 0 && same >> device::lane_idx() == 1) counts[number] = before + device::popcount(same);
+  device::sync_warp();
+  return before + device::popcount(same & device::lanes_below());
 }
 
-// Tokens bound for each rank, 32 at a time; lane r keeps rank r's count.
-EP_DEVICE void count_tokens(const Routing& routing, int warp, Range share, int num_ranks, const WarpCounts& counts) {
-  const int lane = device::lane_idx();
-  int count = 0;
+// Selections of each expert, and tokens bound for each rank.
+EP_DEVICE void count_share(const Routing& routing, int warp, Range share, const WarpCounts& counts) {
   EP_NO_UNROLL
-  for (int token = share.begin + lane; token - lane < share.end; token += 32) {
-    const uint32_t ranks = token < share.end ? ranks_of(routing, token) : 0;
-    EP_NO_UNROLL
-    for (int rank = 0; rank < num_ranks; ++rank) {
-      const uint32_t bound = device::ballot(ranks >> rank & 1);
-      if (lane == rank) count += device::popcount(bound);
-    }
+  for (int i = device::lane_idx(); i < counts.num_experts + kMaxRanks; i += 32) counts.experts(warp)[i] = 0;
+  device::sync_warp();
+  const Abreast abreast(routing.num_topk);
+  const auto load = [&](int first) {
+    const int64_t entry = abreast.entry(first, share.end);
+    return entry >= 0 ? routing.expert(entry) : -1;
+  };
+  int next = load(share.begin);
+  EP_NO_UNROLL
+  for (int first = share.begin; first < share.end; first += abreast.tokens) {
+    const int expert = next;
+    next = load(first + abreast.tokens);  // on its way while these are counted
+    const Selection selection = abreast.select(routing, expert);
+    count_in(counts.experts(warp), expert);
+    count_in(counts.ranks(warp), selection.speaks ? selection.rank : -1);
   }
-  counts.rank(warp, lane) = count;
 }
 
 // The warps' counts become what the warps before each one counted; the block's own totals go to the tables.
 EP_DEVICE void sum_over_warps(int num_warps, int num_experts, const WarpCounts& counts, const Tables& tables) {
   EP_NO_UNROLL
-  for (int i = device::thread_idx(); i < num_experts + kMaxRanks; i += device::num_threads()) {
+  for (int i = device::thread_idx(); i < num_experts + kMaxRanks; i += num_counting_threads()) {
     int total = 0;
     EP_NO_UNROLL
     for (int warp = 0; warp < num_warps; ++warp) {
-      int& count = counts.expert(warp, i);  // ranks follow experts
+      int& count = counts.experts(warp)[i];  // ranks follow experts
       const int own = count;
       count = total;
       total += own;

@@ -15,7 +15,7 @@ namespace deep_ep {
 EP_DEVICE void share_counts(const Window& window, uint32_t epoch, int num_experts, const Tables& tables) {
   uint64_t* mine = partials(window, device::block_idx());
   EP_NO_UNROLL
-  for (int i = device::thread_idx(); i < num_experts + window.num_ranks; i += device::num_threads()) {
+  for (int i = device::thread_idx(); i < num_experts + window.num_ranks; i += num_counting_threads()) {
     const int count = i < num_experts ? tables.expert_below[i] : tables.rank_below[i - num_experts];
     device::store_relaxed_gpu(mine + i, word(count, epoch));
   }
@@ -56,7 +56,7 @@ EP_DEVICE bool add_up(const Window& window, uint32_t epoch, const Blocks& team, 
 // What look_back does for a team of one block, which needs to ask nobody.
 EP_DEVICE void look_at_own(int num_experts, const Tables& tables) {
   EP_NO_UNROLL
-  for (int i = device::thread_idx(); i < num_experts + kMaxRanks; i += device::num_threads()) {
+  for (int i = device::thread_idx(); i < num_experts + kMaxRanks; i += num_counting_threads()) {
     int& below = (i < num_experts ? tables.expert_below + i : tables.rank_below + i - num_experts)[0];
     (i < num_experts ? tables.expert_total + i : tables.rank_total + i - num_experts)[0] = below;
     below = 0;
@@ -66,9 +66,9 @@ EP_DEVICE void look_at_own(int num_experts, const Tables& tables) {
 EP_DEVICE void look_back(const Window& window, uint32_t epoch, const Blocks& team, int num_experts,
                          const device::Patience& patience, const Tables& tables) {
   EP_NO_UNROLL
-  for (int i = device::thread_idx(); i < num_experts + window.num_ranks; i += device::num_threads()) {
+  for (int i = device::thread_idx(); i < num_experts + window.num_ranks; i += num_counting_threads()) {
     int below, total;
-    if (!add_up(window, epoch, team, i, patience, below, total)) device::store_relaxed_gpu(tables.ok, 0);
+    if (!add_up(window, epoch, team, i, patience, below, total)) tables.take_back(Ok::kCounts);
     (i < num_experts ? tables.expert_below + i : tables.rank_below + i - num_experts)[0] = below;
     (i < num_experts ? tables.expert_total + i : tables.rank_total + i - num_experts)[0] = total;
   }

@@ -19,7 +19,7 @@ EP_DEVICE void publish(const Window& window, uint32_t epoch, const Blocks& team,
   for (int rank = team.own(); rank < window.num_ranks; rank += team.count) {
     uint64_t* to = message(window, rank, window.rank);
     EP_NO_UNROLL
-    for (int i = thread; i < experts_per_rank; i += device::num_threads()) {
+    for (int i = thread; i < experts_per_rank; i += num_counting_threads()) {
       const int count = tables.expert_total[rank * experts_per_rank + i];
       device::store_relaxed_sys(to + message_word::kExperts + i, word(count, epoch));
     }

@@ -2,7 +2,7 @@
 // reads         rows of x that belong to tokens of other ranks, and their weights
 // writes        staged records at those ranks
 // waits for     its own bulk stores (admit has let us in)
-// leaves behind at each owner all that a token sends there, which the herald announces (announce.cuh)
+// leaves behind at each owner all that a token sends there, which is announced (announce.cuh)
 
 #include <deep_ep/phases/announce.cuh>
 #include <deep_ep/phases/claims.cuh>
@@ -56,9 +56,10 @@ class Owed {
 
 // Adds `bytes` of the rows that the lanes in `lanes` point to, into a stage.
 EP_DEVICE void add_into(char* stage, uint32_t lanes, const char* row_of_lane, int bytes) {
-  for_columns(bytes, [&](const auto& at) {
+  constexpr Grasp kAtOnce = kGrasp<Return::kSum>;
+  for_columns<kAtOnce.vectors>(bytes, [&](const auto& at) {
     auto sum = empty_sum(at);
-    sum.add_lanes(lanes, row_of_lane, at);
+    sum.template add_lanes<kAtOnce.rows>(lanes, row_of_lane, at);
     if (at.mine()) sum.rounded().keep(at.of(stage));
   });
 }
@@ -76,13 +77,13 @@ EP_DEVICE Parcel next_parcel(Owed& owed, const Results& results, int max_tokens)
   return parcel;
 }
 
-template <Return kReturn, class Ring>
+template <Return kReturn, By kBy, class Ring>
 EP_DEVICE void push_rows(const Ring& ring, const Window& window, const Results& results, int max_tokens,
-                         int piece_bytes, Mailbox& box) {
+                         int piece_bytes, uint32_t epoch, Mailbox& box) {
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = results.num_topk;
   const int num_weights = kReturn == Return::kEveryRow ? 1 : num_topk;
-  Announcer announcer(window, box);
+  Announcer<kBy> announcer(window, epoch, box);
   Owed owed(window, results.by_owner);
   Parcel parcel, next = next_parcel<kReturn>(owed, results, max_tokens);
   uint32_t left = 0;  // the lanes whose rows are still to be sent; one lane, where one row stands for all
@@ -134,7 +135,6 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, const Results& 
     if (row_ends) left &= left - 1;
     return Filled::kYes;
   };
-  int drained = 0;
   const auto drain = [&](Stage stage) {
     const Ticket& ticket = *stage.ticket;
     if (device::elect() && ticket.bytes > 0) {
@@ -143,7 +143,6 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, const Results& 
                      : staged(window, ticket.rank, window.rank, ticket.row, max_tokens, record.bytes());
       device::bulk_store(to + ticket.offset, stage.data, ticket.bytes);
     }
-    ++drained;
     if (ticket.last) announcer.add(lane == ticket.rank ? ticket.row : -1);
   };
   ring.run(fill, drain, [&](int pieces) { announcer.after(pieces); });

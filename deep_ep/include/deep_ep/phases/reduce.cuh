@@ -36,25 +36,23 @@ struct Parts {
   const char* row_of_lane;
 };
 
-template <int kTogether>
+template <int kRows, int kTogether>
 EP_DEVICE void add_columns(const Combined& out, int token, const Parts& parts, const Columns<kTogether>& at) {
   Rounded<kTogether> own;
   if (parts.sum != 0) {
     Sum<kTogether> sum;
-    sum.add_lanes(parts.own, parts.row_of_lane, at);
+    sum.template add_lanes<kRows>(parts.own, parts.row_of_lane, at);
     own = sum.rounded();
   }
   Sum<kTogether> sum;
   const auto bias = [&](int i) { return at.of(out.bias[i] + token * out.bias_stride[i]); };
-  if (out.bias[1] != nullptr) {
-    sum.add(bias(0), bias(1));
-  } else if (out.bias[0] != nullptr) {
-    sum.add(bias(0));
-  }
-  sum.add_lanes(parts.lanes & (parts.sum - 1), parts.row_of_lane, at);  // all of them, if there is no own sum
+  if (out.bias[0] != nullptr) sum.add(bias(0));
+  if (out.bias[1] != nullptr) sum.add(bias(1));
+  sum.template add_lanes<kRows>(parts.lanes & (parts.sum - 1), parts.row_of_lane,
+                                at);  // all of them, if there is no own sum
   if (parts.sum != 0) {
     sum.add(own);
-    sum.add_lanes(parts.lanes & ~(2 * parts.sum - 1), parts.row_of_lane, at);
+    sum.template add_lanes<kRows>(parts.lanes & ~(2 * parts.sum - 1), parts.row_of_lane, at);
   }
   if (at.mine()) sum.rounded().stream(at.of(out.x + token * out.stride));
 }
@@ -62,6 +60,7 @@ EP_DEVICE void add_columns(const Combined& out, int token, const Parts& parts, c
 template <Return kReturn>
 EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patience& patience, const Routing& routing,
                       const int32_t* slots, const Results& results, const Combined& out) {
+  constexpr Grasp kAtOnce = kGrasp<kReturn>;
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = routing.num_topk;
   const int own_tokens = results.by_owner.begin(window.rank);
@@ -107,7 +106,8 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
       parts.own = device::ballot(own && there);
       parts.sum = device::ballot(own && selection.speaks);
     }
-    for_columns(record.row_bytes, [&](const auto& at) { add_columns(out, token, parts, at); });
+    for_columns<kAtOnce.vectors>(record.row_bytes,
+                                 [&](const auto& at) { add_columns<kAtOnce.rows>(out, token, parts, at); });
     if (out.weights != nullptr && lane < num_topk) out.weights[int64_t(token) * num_topk + lane] = weight;
   }
 }

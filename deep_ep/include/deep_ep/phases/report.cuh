@@ -18,7 +18,7 @@ struct Counts {
   uint32_t* number;             // [1]                 of these routes (plan.cuh)
 };
 
-// After collect(), expert_total[e] is the count of local expert e.
+// After collect(), coming[e] is the count of local expert e.
 EP_DEVICE void report_counts(const Window& window, uint32_t epoch, int experts_per_rank, int alignment,
                              const Tables& tables, const Counts& out) {
   const int thread = device::thread_idx();
@@ -26,7 +26,7 @@ EP_DEVICE void report_counts(const Window& window, uint32_t epoch, int experts_p
   if (thread < window.num_ranks) out.per_rank[thread] = tables.row_base[thread + 1];
   EP_NO_UNROLL
   for (int e = thread; e < experts_per_rank; e += device::num_threads()) {
-    const int start = tables.expert_row[e], count = tables.expert_total[e];  // source 0's rows come first
+    const int start = tables.expert_row[e], count = tables.coming[e];  // source 0's rows come first
     out.per_expert[e] = count;
     out.per_expert_aligned[e] = start + align_up(count, alignment);
     out.per_expert_end[e] = start + count;
@@ -38,7 +38,7 @@ EP_DEVICE void report_counts(const Window& window, uint32_t epoch, int experts_p
 EP_DEVICE void add_to_stats(int experts_per_rank, const Tables& tables, int32_t* stats) {
   EP_NO_UNROLL
   for (int e = device::thread_idx(); stats != nullptr && e < experts_per_rank; e += device::num_threads()) {
-    device::add_relaxed_gpu(stats + e, tables.expert_total[e]);
+    device::add_relaxed_gpu(stats + e, tables.coming[e]);
   }
 }
 
@@ -48,7 +48,7 @@ EP_DEVICE void report_to_host(const Window& window, int experts_per_rank, const 
   if (thread == 0) device::store_relaxed_sys(words + 1, static_cast<int32_t>(tables.row_base[window.num_ranks]));
   EP_NO_UNROLL
   for (int e = thread; e < experts_per_rank; e += device::num_threads()) {
-    device::store_relaxed_sys(words + 2 + e, static_cast<int32_t>(tables.expert_total[e]));
+    device::store_relaxed_sys(words + 2 + e, static_cast<int32_t>(tables.coming[e]));
   }
   device::sync_block();
   if (thread == 0) device::store_release_sys(words, 1);

@@ -2,6 +2,7 @@
 // What combine is given: rows of x in either layout, whose tokens they belong to, and what of them goes home.
 
 #include <deep_ep/phases/payload.cuh>
+#include <deep_ep/phases/sum.cuh>
 #include <deep_ep/wire/record.cuh>
 
 namespace deep_ep {
@@ -12,6 +13,11 @@ enum class Return {
   kSum,       // expanded layout: the sum of the rank's rows, rounded
   kEveryRow,  // expanded layout: each of them, in a record of its own
 };
+
+// Nothing but what a warp has under way hides what memory takes. Where rows of one rank are added there are many, and few
+// warps with many registers each do best (docs/performance.md).
+template <Return kReturn>
+constexpr Grasp kGrasp = kReturn == Return::kSum ? Grasp{.vectors = 4, .rows = 4} : Grasp{.vectors = 4, .rows = 2};
 
 // Rows of the plain layout by the rank that owns their tokens: inclusive sums over ranks.
 struct RowsByOwner {

@@ -26,101 +26,82 @@ struct Router {
   const WarpCounts& counts;
   const Tables& tables;
   int warp;
+};
 
-  // Labels of a few tokens: lane j * num_topk + k has selection k of token j, any other lane a token behind the range.
-  // Counts on in counts.expert.
-  template <PlacesFrom kFrom>
-  EP_DEVICE void label_tokens(Range range, int j, int k) const {
-    const int lane = device::lane_idx(), num_topk = routing.num_topk, token = range.begin + j;
-    const int64_t entry = int64_t(token) * num_topk + k;
-    const bool mine = token < range.end;
-    const int expert = mine ? routing.expert(entry) : -1;
-    const float weight = mine && weights != nullptr ? weights[entry] : 0.0f;
-    int position = -1;
-    if constexpr (kFrom == PlacesFrom::kSelections) {
-      const uint32_t same = device::match_any(expert);
-      const int before = expert >= 0 ? counts.expert(warp, expert) : 0;
-      device::sync_warp();
-      if (expert >= 0) position = tables.expert_below[expert] + before + device::popcount(same & device::lanes_below());
-      if (expert >= 0 && same >> lane == 1) counts.expert(warp, expert) = before + device::popcount(same);
-      device::sync_warp();
-    }
-    const int rank_of_lane = expert >= 0 ? routing.rank_of(expert) : -1;
-    const uint32_t lanes_of_token = (num_topk == 32 ? ~0u : (1u << num_topk) - 1) << (lane - k);
-    EP_NO_UNROLL
-    for (int rank = 0; rank < window.num_ranks; ++rank) {
-      const uint32_t bound = device::ballot(rank_of_lane == rank);
-      if (!mine || (bound & lanes_of_token) == 0) continue;
-      const Label said = label(window, rank, window.rank, token, routing.max_tokens, num_topk, record);
-      said.expert(k) = expert;
-      said.position(k) = position;
-      said.weight(k) = weight;
-    }
-  }
-
-  // counts.slot becomes the slot of each of 32 tokens, a lane each, at every rank; -1 where it does not go. Lane r
-  // counts on what goes to rank r.
-  EP_DEVICE void find_slots(int token, int end, int& count_of_rank) const {
-    const int lane = device::lane_idx();
-    const uint32_t ranks = token < end ? ranks_of(routing, token) : 0;
-    EP_NO_UNROLL
-    for (int rank = 0; rank < window.num_ranks; ++rank) {
-      const uint32_t bound = device::ballot(ranks >> rank & 1);
-      const int slot = device::shuffle(count_of_rank, rank) + device::popcount(bound & device::lanes_below());
-      counts.slot(warp, rank, lane) = ranks >> rank & 1 ? slot : -1;
-      if (lane == rank) count_of_rank += device::popcount(bound);
-    }
-    device::sync_warp();
-    const int64_t first = int64_t(token - lane) * routing.num_topk;
-    const int num_entries = min_of(32, end - (token - lane)) * routing.num_topk;
-    EP_NO_UNROLL
-    for (int i = lane; i < num_entries; i += 32) {
-      const int expert = routing.expert(first + i);
-      slots[first + i] = expert >= 0 ? counts.slot(warp, routing.rank_of(expert), i / routing.num_topk) : -1;
-    }
-  }
-
-  // The same from the slots of a handle.
-  EP_DEVICE void recall_slots(int token, int end) const {
-    const int lane = device::lane_idx();
-    EP_NO_UNROLL
-    for (int rank = 0; rank < window.num_ranks; ++rank) counts.slot(warp, rank, lane) = -1;
-    EP_NO_UNROLL
-    for (int k = 0; token < end && k < routing.num_topk; ++k) {
-      const int64_t entry = int64_t(token) * routing.num_topk + k;
-      const int expert = routing.expert(entry);
-      if (expert >= 0) counts.slot(warp, routing.rank_of(expert), lane) = slots[entry];
-    }
-  }
+// What a lane has of tokens that stand abreast.
+struct Routed {
+  int64_t entry = -1;  // of topk_idx; -1: none
+  int expert = -1, slot = -1;
+  float weight = 0.0f;
 };
 
 template <PlacesFrom kFrom>
-EP_DEVICE void route(const Router& router, uint32_t epoch, Range share) {
-  const int lane = device::lane_idx(), num_topk = router.routing.num_topk;
-  const int together = 32 / num_topk, j = lane / num_topk, k = lane % num_topk;  // j may be `together`: a lane to spare
-  const int num_ranks = router.window.num_ranks;
-  int count_of_rank = 0;
-  if constexpr (kFrom == PlacesFrom::kSelections) {
-    count_of_rank = router.tables.rank_below[lane] + router.counts.rank(router.warp, lane);
-  }
+EP_DEVICE Routed load_routed(const Router& router, const Abreast& abreast, int first, int end) {
+  Routed routed;
+  routed.entry = abreast.entry(first, end);
+  if (routed.entry < 0) return routed;
+  routed.expert = router.routing.expert(routed.entry);
+  if (router.weights != nullptr) routed.weight = router.weights[routed.entry];
+  if constexpr (kFrom == PlacesFrom::kHandle) routed.slot = router.slots[routed.entry];
+  return routed;
+}
+
+// Labels of the tokens that stand abreast from `first` on, at each rank that they go to.
+EP_DEVICE void label_tokens(const Router& router, const Abreast& abreast, int first, const Routed& routed, int rank,
+                            int position) {
+  const Window& window = router.window;
   EP_NO_UNROLL
-  for (int first = share.begin; first < share.end; first += 32) {
-    const int end = min_of(first + 32, share.end), token = first + lane;
+  for (int to = 0; to < window.num_ranks; ++to) {
+    const uint32_t bound = device::ballot(rank == to);
+    if (routed.entry < 0 || (bound & abreast.lanes()) == 0) continue;
+    const Label said =
+        label(window, to, window.rank, first + abreast.j, router.routing.max_tokens, abreast.num_topk, router.record);
+    said.expert(abreast.k) = routed.expert;
+    said.position(abreast.k) = position;
+    said.weight(abreast.k) = routed.weight;
+  }
+}
+
+// `next`: what load_routed says of the first tokens.
+template <PlacesFrom kFrom>
+EP_DEVICE void route(const Router& router, uint32_t epoch, Range share, const Abreast& abreast, Routed next) {
+  const Window& window = router.window;
+  const WarpCounts& counts = router.counts;
+  const int lane = device::lane_idx(), warp = router.warp;
+  // Of 32 tokens, each lane has the words of one in the end.
+  int end = min_of(share.begin + 32, share.end);
+  EP_NO_UNROLL
+  for (int begin = share.begin; begin < share.end; begin = end, end = min_of(end + 32, share.end)) {
     EP_NO_UNROLL
-    for (int begin = first; begin < end; begin += together) {
-      router.template label_tokens<kFrom>({begin, min_of(begin + together, end)}, j, k);
-    }
-    if constexpr (kFrom == PlacesFrom::kSelections) {
-      router.find_slots(token, end, count_of_rank);
-    } else {
-      router.recall_slots(token, end);
+    for (int rank = 0; rank < window.num_ranks; ++rank) counts.slot(warp, rank, lane) = -1;
+    device::sync_warp();
+    EP_NO_UNROLL
+    for (int first = begin; first < end; first += abreast.tokens) {
+      Routed routed = next;
+      const int ahead = first + abreast.tokens;  // on their way while these are told
+      next = ahead < end ? load_routed<kFrom>(router, abreast, ahead, end)
+                         : load_routed<kFrom>(router, abreast, end, min_of(end + 32, share.end));
+      const Selection selection = abreast.select(router.routing, routed.expert);
+      int position = -1;
+      if constexpr (kFrom == PlacesFrom::kSelections) {
+        position = count_in(counts.experts(warp), routed.expert);
+        if (routed.expert >= 0) position += router.tables.expert_below[routed.expert];
+        int slot = count_in(counts.ranks(warp), selection.speaks ? selection.rank : -1);
+        if (selection.speaks) slot += router.tables.rank_below[selection.rank];
+        slot = abreast.hear(selection, slot);
+        routed.slot = routed.expert >= 0 ? slot : -1;
+        if (routed.entry >= 0) router.slots[routed.entry] = routed.slot;
+      }
+      if (selection.speaks) counts.slot(warp, selection.rank, first + abreast.j - begin) = routed.slot;
+      label_tokens(router, abreast, first, routed, selection.rank, position);
     }
     device::sync_warp();
     device::fence_sys();  // the labels, which all lanes have written, come before the words
+    const int token = begin + lane;
     EP_NO_UNROLL
-    for (int rank = 0; token < end && rank < num_ranks; ++rank) {
-      const int slot = router.counts.slot(router.warp, rank, lane);
-      device::store_relaxed_sys(routed(router.window, rank, router.window.rank, token),
+    for (int rank = 0; token < end && rank < window.num_ranks; ++rank) {
+      const int slot = counts.slot(warp, rank, lane);
+      device::store_relaxed_sys(deep_ep::routed(window, rank, window.rank, token),
                                 word(static_cast<uint32_t>(slot), epoch));
     }
     device::sync_warp();  // counts.slot is free again
@@ -131,7 +112,7 @@ EP_DEVICE void route(const Router& router, uint32_t epoch, Range share) {
 EP_DEVICE void keep_selections(const Routing& routing, Range range, void* to) {
   const int64_t end = int64_t(range.end) * routing.num_topk;
   for (int64_t entry = int64_t(range.begin) * routing.num_topk + device::thread_idx(); entry < end;
-       entry += device::num_threads()) {
+       entry += num_counting_threads()) {
     if (routing.index_bytes == 8) {
       static_cast<int64_t*>(to)[entry] = static_cast<const int64_t*>(routing.topk_idx)[entry];
     } else {

@@ -18,9 +18,9 @@ namespace deep_ep {
 
 template <class Ring>
 EP_DEVICE void scatter(const Ring& ring, const Window& window, const Routing& routing, const Rows& rows,
-                       const Scales& scales, const Record& record, int piece_bytes, Mailbox& box) {
+                       const Scales& scales, const Record& record, int piece_bytes, uint32_t epoch, Mailbox& box) {
   const int lane = device::lane_idx();
-  Announcer announcer(window, box);
+  Announcer<By::kHerald> announcer(window, epoch, box);
   Claims claims(window, Queue::kSend);
   int ahead = -1, token = -1, offset = 0;  // ahead: the token after the one being loaded, if known
   uint32_t ranks = 0;                      // the peers that the token goes to

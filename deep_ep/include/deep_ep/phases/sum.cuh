@@ -23,11 +23,15 @@ struct Columns {
   }
 };
 
-// Calls add(Columns<kTogether>) for every part of a row, collectively: four vectors of a lane while they last, so that
-// many loads are under way, then single ones.
-template <class Add>
+// How much of what is added a warp loads at once: vectors of a lane in each row, and rows.
+struct Grasp {
+  int vectors, rows;
+};
+
+// Calls add(Columns<kTogether>) for every part of a row, collectively: kTogether vectors of a lane while they last, so
+// that many loads are under way, then single ones.
+template <int kTogether, class Add>
 EP_DEVICE void for_columns(int row_bytes, Add add) {
-  constexpr int kTogether = 4;
   const int lane_offset = device::lane_idx() * kVectorBytes;
   int begin = 0;
   EP_NO_UNROLL
@@ -79,14 +83,9 @@ class Sum {
 
   EP_DEVICE void add(const char* row) { add(Rounded<kTogether>::load(row)); }
 
-  // The first row, then the second; both are loaded before either is added.
-  EP_DEVICE void add(const char* first, const char* second) {
-    const auto a = Rounded<kTogether>::load(first), b = Rounded<kTogether>::load(second);
-    add(a);
-    add(b);
-  }
-
-  // The row of each lane in `lanes`, in the order of the lanes. Collective.
+  // The row of each lane in `lanes`, in the order of the lanes. As many as kRows are loaded before the first is added,
+  // since nothing else hides what memory takes. Collective.
+  template <int kRows>
   EP_DEVICE void add_lanes(uint32_t lanes, const char* row_of_lane, const Columns<kTogether>& at) {
     const auto take = [&] {
       const int lane = lowest_bit(lanes);
@@ -95,11 +94,16 @@ class Sum {
     };
     EP_NO_UNROLL
     while (lanes != 0) {
-      const char* first = take();
-      if (lanes == 0) {
-        add(first);
-      } else {
-        add(first, take());
+      Rounded<kTogether> rows[kRows];
+      rows[0] = Rounded<kTogether>::load(take());
+      const uint32_t more = lanes;
+      for (int i = 1; i < kRows; ++i) {
+        if (lanes != 0) rows[i] = Rounded<kTogether>::load(take());
+      }
+      const int count = 1 + device::popcount(more ^ lanes);
+      add(rows[0]);
+      for (int i = 1; i < kRows; ++i) {
+        if (i < count) add(rows[i]);
       }
     }
   }

@@ -19,4 +19,15 @@ EP_DEVICE bool sends(int num_send_blocks) { return device::block_idx() < num_sen
 // From block `first` to the launch's last.
 EP_DEVICE Blocks blocks_from(int first) { return {first, device::num_blocks() - first}; }
 
+// While a block counts, its last warp asks what the others call and learns what comes; the rest do the counting.
+EP_DEVICE bool asks_others() { return device::warp_idx() == device::num_threads() / 32 - 1; }
+EP_DEVICE int num_counting_threads() { return device::num_threads() - 32; }
+
+// Among the threads that count.
+EP_DEVICE void sync_counting() { device::sync_named(1, num_counting_threads()); }
+
+// From the warp that asks, to them.
+EP_DEVICE void give_answer() { device::arrive_named(2, device::num_threads()); }
+EP_DEVICE void hear_answer() { device::sync_named(2, device::num_threads()); }
+
 }  // namespace deep_ep

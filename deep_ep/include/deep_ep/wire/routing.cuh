@@ -2,6 +2,7 @@
 // Which experts, and so which ranks, a token goes to.
 
 #include <deep_ep/device/device.cuh>
+#include <deep_ep/wire/integers.cuh>
 
 namespace deep_ep {
 
@@ -27,18 +28,50 @@ struct Routing {
   }
 };
 
-// Lane k's selection of one token. `speaks` is set in one lane for every rank that the token goes to: the lane of that
+// A lane's selection of a token. `speaks` is set in one lane for every rank that the token goes to: the lane of that
 // rank's last selection, so the speaking lanes, in order, are the order in which combine adds.
 struct Selection {
   int rank;
   bool speaks;
 };
 
+// Lane k has selection k of one token.
 EP_DEVICE Selection select(const Routing& routing, int expert_of_lane) {
   const int rank = expert_of_lane >= 0 ? routing.rank_of(expert_of_lane) : -1;
   const uint32_t same = device::match_any(rank);
   return {rank, rank >= 0 && same >> device::lane_idx() == 1};
 }
+
+// Several tokens side by side: lane j * num_topk + k has selection k of the j-th one. Lanes may be left over.
+struct Abreast {
+  int num_topk;
+  int tokens;  // so many
+  int j, k;    // this lane's
+
+  EP_DEVICE explicit Abreast(int topk)
+      : num_topk(topk), tokens(32 / topk), j(device::lane_idx() / topk), k(device::lane_idx() % topk) {}
+
+  // This lane's entry of topk_idx, for tokens from `first` on; -1 if its token is not before `end`.
+  EP_DEVICE int64_t entry(int first, int end) const {
+    return j < tokens && first + j < end ? int64_t(first + j) * num_topk + k : -1;
+  }
+
+  // The lanes of this lane's token.
+  EP_DEVICE uint32_t lanes() const { return (num_topk == 32 ? ~0u : (1u << num_topk) - 1) << (device::lane_idx() - k); }
+
+  // As select() above, for each token.
+  EP_DEVICE Selection select(const Routing& routing, int expert_of_lane) const {
+    const int rank = expert_of_lane >= 0 ? routing.rank_of(expert_of_lane) : -1;
+    const uint32_t same = device::match_any(rank) & lanes();
+    return {rank, rank >= 0 && same >> device::lane_idx() == 1};
+  }
+
+  // To every lane with a rank, the value of the lane that speaks for its token there.
+  EP_DEVICE int hear(const Selection& selection, int value) const {
+    const uint32_t same = device::match_any(selection.rank) & lanes();
+    return device::shuffle(value, highest_bit(same));
+  }
+};
 
 // What lane k holds of a token: its selection, and the slot at that expert's rank. Loaded a token ahead, so nobody waits
 // for it.
@@ -51,24 +84,6 @@ EP_DEVICE Choice load_choice(const Routing& routing, const int32_t* slots, int t
   if (token >= routing.num_tokens || k >= routing.num_topk) return {};
   const int64_t entry = int64_t(token) * routing.num_topk + k;
   return {routing.expert(entry), slots == nullptr ? -1 : slots[entry]};
-}
-
-// The ranks that a token goes to, as a mask. Each lane asks for its own token.
-EP_DEVICE uint32_t ranks_of(const Routing& routing, int token) {
-  constexpr int kTogether = 4;  // loads of a lane that are under way at once
-  const int64_t entry = int64_t(token) * routing.num_topk;
-  uint32_t ranks = 0;
-  EP_NO_UNROLL
-  for (int begin = 0; begin < routing.num_topk; begin += kTogether) {
-    int experts[kTogether];
-    for (int k = 0; k < kTogether; ++k) {
-      experts[k] = begin + k < routing.num_topk ? routing.expert(entry + begin + k) : -1;
-    }
-    for (int k = 0; k < kTogether; ++k) {
-      if (experts[k] >= 0) ranks |= 1u << routing.rank_of(experts[k]);
-    }
-  }
-  return ranks;
 }
 
 // Consecutive tokens of this rank.
