@@ -201,7 +201,7 @@ BUGS = (
         "0 *",
         DEADLOCK,
         num_tokens=0,
-        num_seeds=4000,
+        num_seeds=2500,
         race_detector=False,
     ),
     Bug("enter-unadmitted", "phases/admit.cuh", "seen == epoch ? epoch - 1 : seen;", "epoch - 1 + 0 * seen;", RACE),

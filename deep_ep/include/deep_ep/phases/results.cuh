@@ -15,9 +15,14 @@ enum class Return {
 };
 
 // Nothing but what a warp has under way hides what memory takes. Where rows of one rank are added there are many, and few
-// warps with many registers each do best (docs/performance.md).
+// warps with many registers each do best (docs/performance.md). For Blackwell, ptxas would spill with several rows.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr Grasp kManyRows = {.vectors = 8, .rows = 1};
+#else
+constexpr Grasp kManyRows = {.vectors = 4, .rows = 4};
+#endif
 template <Return kReturn>
-constexpr Grasp kGrasp = kReturn == Return::kSum ? Grasp{.vectors = 4, .rows = 4} : Grasp{.vectors = 4, .rows = 2};
+constexpr Grasp kGrasp = kReturn == Return::kSum ? kManyRows : Grasp{.vectors = 4, .rows = 2};
 
 // Rows of the plain layout by the rank that owns their tokens: inclusive sums over ranks.
 struct RowsByOwner {
