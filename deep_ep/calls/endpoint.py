@@ -170,7 +170,6 @@ class Endpoint:
             return self._broken is None and int(self._fault.tensor[0]) == 0
         except Exception as error:
             logger.warning("rank %d: waiting for %s at the end of a buffer failed: %s", self.rank, self.device, error)
-            self._broken = self._broken or f"{self.device} has failed ({error})"
             return False
 
     def _meet_at_the_end(self, is_well: bool) -> bool:
