@@ -17,6 +17,7 @@ from deep_ep.calls.dispatch import AskedDispatch, DispatchResult, TokensOrPair, 
 from deep_ep.calls.endpoint import Endpoint
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.handle import EPHandle
+from deep_ep.later import Later
 from deep_ep.machine import backends_of
 
 logger = logging.getLogger("deep_ep")
@@ -49,7 +50,7 @@ def get_logical_domain_size(group: dist.ProcessGroup, allow_hybrid_mode: bool = 
     return get_physical_domain_size(group)
 
 
-class ElasticBuffer:
+class ElasticBuffer(Later):
     """The memory and the kernels with which the ranks of a group exchange tokens.
 
     Building one is collective over ``group``, which may be a subgroup of the world. One buffer serves any hidden size,
@@ -192,7 +193,8 @@ class ElasticBuffer:
         for name, gbs in speeds.items():
             validate.is_speed(name, gbs, may_be_0=name == "nvlink_gbs")
         endpoint = self._end()
-        return endpoint.theoretical_num_sms(nvlink_gbs or endpoint.nvlink_gbs, sm_read_gbs, sm_write_gbs)
+        num_sms = endpoint.theoretical_num_sms(nvlink_gbs or endpoint.nvlink_gbs, sm_read_gbs, sm_write_gbs)
+        return num_sms - num_sms % 2
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs that a call of ``num_sms`` SMs uses: none inside one NVLink domain."""

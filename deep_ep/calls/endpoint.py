@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import environment, installation, jit, layout, plan, validate
+from deep_ep.calls import dropped
 from deep_ep.calls.agreement import Settings, agree_to_build
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
 from deep_ep.event import CallOrder, EventHandle, LastCall, Timing, looking
@@ -27,8 +27,6 @@ from deep_ep.waiting import Watch, notice_seconds
 
 logger = logging.getLogger("deep_ep")
 
-ABANDONED: list[Endpoint] = []  # whose memory is kept to the process's end
-PARKED: list[Endpoint] = []  # of buffers that were dropped; free_parked() gives their memory back
 HOST_COUNTS = 2  # host words before the experts' counts: ready, rows
 BROKEN_SECONDS = 5.0  # how long ranks whose buffer is broken wait for each other before they give their memory back
 
@@ -48,7 +46,7 @@ class Endpoint:
 
     def __init__(self, group: dist.ProcessGroup, settings: Settings, cpu_timeout: float, gpu_timeout: float) -> None:
         installation.check()
-        free_parked()
+        dropped.free_parked()
         self.environment = environment.read()
         environment.require_index_bits(self.environment)
         self.rank, self.num_ranks = group.rank(), group.size()
@@ -59,6 +57,7 @@ class Endpoint:
         self._cpu_timeout = cpu_timeout
         self._broken: str | None = None
         self._has_launched = False  # in the call under way
+        self._waited_for: set[int] = set()  # by kernels that gave notice, in the host's wait under way
         self._last_call = LastCall()
         self.closed = False
 
@@ -79,7 +78,9 @@ class Endpoint:
         self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
         self.shared_limit = self.machine.shared_bytes_per_block
         self.window_argument = Window.of(self.layout, self.rank, self.window.addresses, number)
-        timeout_ns, notice_ns = int(gpu_timeout * 1e9), int(notice_seconds(gpu_timeout) * 1e9)
+        # In time for the host too: by the kernels' notice it can say whom it has waited for.
+        first_limit = min(gpu_timeout, self._cpu_timeout)
+        timeout_ns, notice_ns = int(gpu_timeout * 1e9), int(notice_seconds(first_limit) * 1e9)
         gave_up = self.window.addresses[self.rank] + layout.GAVE_UP_OFFSET  # control is the first region
         self.patience_argument = Patience(self._fault.address, timeout_ns, notice_ns, gave_up)
 
@@ -108,8 +109,8 @@ class Endpoint:
         """This endpoint, or the reason why it can do nothing more."""
         if self.closed:
             raise ValueError("this buffer was destroyed; build a new ElasticBuffer")
-        if PARKED:
-            free_parked()
+        if dropped.PARKED:
+            dropped.free_parked()
         if self._broken is None:
             self._check_fault()
         if self._broken is not None:
@@ -158,8 +159,8 @@ class Endpoint:
         try:
             is_well = self._meet_at_the_end(self._finish())
         finally:
-            self._give_back(together=is_well)
-            free_parked()
+            self.give_back(together=is_well)
+            dropped.free_parked()
 
     def _finish(self) -> bool:
         """Wait for the device; returns whether it has done all that the buffer launched, and done it well."""
@@ -169,7 +170,6 @@ class Endpoint:
             return self._broken is None and int(self._fault.tensor[0]) == 0
         except Exception as error:
             logger.warning("rank %d: waiting for %s at the end of a buffer failed: %s", self.rank, self.device, error)
-            self._broken = self._broken or f"{self.device} has failed ({error})"
             return False
 
     def _meet_at_the_end(self, is_well: bool) -> bool:
@@ -184,17 +184,16 @@ class Endpoint:
     def release(self) -> None:
         """The buffer was dropped: give its memory back without a word to the peers.
 
-        Where kernels may still run, a later call does it (free_parked). Garbage is collected at any moment and on any
-        thread, and to wait for the device or to free memory there may end a CUDA graph capture on another.
+        Where kernels may still run, a later call does it (deep_ep/calls/dropped.py).
         """
         self.closed = True
         if self.machine.launches_finish:
-            self._give_back(together=False)
+            self.give_back(together=False)
         else:
             self._log_untold_fault()
-            PARKED.append(self)
+            dropped.PARKED.append(self)
 
-    def _give_back(self, together: bool) -> None:
+    def give_back(self, together: bool) -> None:
         """Close the machine, and its window with it: it waits for the device before. Raises nothing: whoever ends a
         buffer may have an error already, and must not get another instead of it.
 
@@ -210,7 +209,7 @@ class Endpoint:
 
     def keep_for_good(self) -> None:
         """Never give the memory back: nobody can say whether peers still write to it."""
-        ABANDONED.append(self)
+        dropped.ABANDONED.append(self)
         self._log_untold_fault()
 
     def is_captured(self) -> bool:
@@ -261,7 +260,9 @@ class Endpoint:
             raise
         notice = take_notice(self._fault.tensor, self.rank)
         if notice is not None:
-            logger.warning("%s; it gives up after %.1f s", notice, self.patience_argument.timeout_ns / 1e9)
+            logger.warning("%s; it gives up after %.1f s", notice.text, self.patience_argument.timeout_ns / 1e9)
+            if notice.peer is not None:
+                self._waited_for.add(notice.peer)
 
     def _log_untold_fault(self) -> None:
         """What kernels have recorded is not lost with a buffer that nobody asks any more."""
@@ -280,6 +281,8 @@ class Endpoint:
             self._go_on_waiting(watch, what)
 
     def _watch(self, what: str) -> Watch:
+        self._waited_for.clear()
+
         def notice(seconds: float) -> None:
             logger.warning(
                 "rank %d has waited %.1f s %s; it gives up after %.1f s", self.rank, seconds, what, self._cpu_timeout
@@ -295,10 +298,12 @@ class Endpoint:
             self._check_fault()
         if watch.is_over:
             self._broken = f"the host waited in vain {what} for {watch.limit_s} s"
+            peers = tuple(sorted(self._waited_for))
+            whom = ", while its kernels waited for rank " + " and ".join(map(str, peers)) if peers else ""
             raise EPTimeoutError(
-                f"rank {self.rank} waited {watch.limit_s} s {what}; every rank must make the same calls. Destroy this "
-                "buffer on every rank and build a new one; num_cpu_timeout_secs sets the limit",
-                WaitReport(self.rank, what, (), watch.seconds),
+                f"rank {self.rank} waited {watch.limit_s} s {what}{whom}; every rank must make the same calls. Destroy "
+                "this buffer on every rank and build a new one; num_cpu_timeout_secs sets the limit",
+                WaitReport(self.rank, what, peers, watch.seconds),
             )
         watch.pause()
 
@@ -358,8 +363,8 @@ class Endpoint:
         return min(self.machine.num_sms, layout.MAX_BLOCKS)
 
     def theoretical_num_sms(self, nvlink_gbs: float, *sm_gbs: float) -> int:
-        """plan.theoretical_num_sms, or the most that a call can use, if that is less; even, if there are two."""
-        return min(plan.theoretical_num_sms(self.num_ranks, nvlink_gbs, *sm_gbs), max(1, self.most_sms // 2 * 2))
+        """plan.theoretical_num_sms, or the most that a call can use, if that is less."""
+        return min(plan.theoretical_num_sms(self.num_ranks, nvlink_gbs, *sm_gbs), self.most_sms)
 
     def num_blocks(self, num_sms: int) -> int:
         """Of a launch: a block an SM, while there are any."""
@@ -432,17 +437,3 @@ class Endpoint:
         while words[0] == 0:
             self._go_on_waiting(watch, what)
         return words
-
-
-def free_parked() -> None:
-    """Give back what dropped buffers had, unless a CUDA graph is being captured here: then a later call does it."""
-    for endpoint in PARKED.copy():
-        if not endpoint.is_captured():
-            try:
-                PARKED.remove(endpoint)
-            except ValueError:  # another thread was faster
-                continue
-            endpoint._give_back(together=False)
-
-
-atexit.register(free_parked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 
@@ -77,7 +78,15 @@ def check_fault(words: torch.Tensor, rank: int) -> None:
     )
 
 
-def take_notice(words: torch.Tensor, rank: int) -> str | None:
+@dataclass(frozen=True)
+class Notice:
+    """What a kernel says that waits."""
+
+    text: str
+    peer: int | None  # that it waits for
+
+
+def take_notice(words: torch.Tensor, rank: int) -> Notice | None:
     """What a kernel says that has waited long, and waits on; told once.
 
     Args:
@@ -86,9 +95,9 @@ def take_notice(words: torch.Tensor, rank: int) -> str | None:
     notice = words[FAULT_WORDS : 2 * FAULT_WORDS]
     if int(notice[0]) != READABLE:
         return None
-    text = f"rank {rank} has {describe_wait(FaultRecord.from_buffer_copy(notice.numpy().tobytes()))}"
+    wait = FaultRecord.from_buffer_copy(notice.numpy().tobytes())
     notice[0] = 0  # the next one may come
-    return text
+    return Notice(f"rank {rank} has {describe_wait(wait)}", None if wait.phase in LOCAL else wait.peer)
 
 
 def phase_of(fault: FaultRecord) -> str:

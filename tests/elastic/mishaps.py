@@ -167,6 +167,25 @@ def a_rank_that_comes_late(job: Job) -> None:
     job.rebuild()
 
 
+def a_host_that_waits_less_than_its_kernels(job: Job) -> None:
+    """It says whose counts are missing. On simulated ranks kernels have ended before a host looks."""
+    if job.device.type != "cuda":
+        return
+    job.buffer.destroy()
+    job.buffer = job.build(job.group, num_cpu_timeout_secs=LIMIT_SECONDS, num_gpu_timeout_secs=1.5 * LIMIT_SECONDS)
+    if not job.is_odd:
+        start = time.monotonic()
+        with pytest.raises(EPTimeoutError) as caught:
+            job.dispatch()
+        assert time.monotonic() - start < 1.4 * LIMIT_SECONDS
+        report = caught.value.report
+        assert report is not None
+        assert report.phase == "for the counts of a dispatch"
+        assert report.peers == (ODD,), report
+        assert f"its kernels waited for rank {ODD};" in str(caught.value)
+    job.rebuild()
+
+
 def a_rank_with_other_sizes(job: Job) -> None:
     changes = {"num_max_tokens_per_rank": ways.MOST - 2} if job.is_odd else {}
     for do_cpu_sync in (True, False):
@@ -261,6 +280,7 @@ MISHAPS: tuple[Callable[[Job], None], ...] = (
     a_rank_that_comes_a_little_late,
     ranks_that_are_not_in_step,
     a_rank_that_comes_late,
+    a_host_that_waits_less_than_its_kernels,
     a_rank_with_other_sizes,
     a_rank_with_another_call,
     a_rank_in_a_barrier,

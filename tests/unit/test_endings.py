@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from deep_ep import ElasticBuffer
-from deep_ep.calls import endpoint
+from deep_ep.calls import dropped, endpoint
 from deep_ep.errors import EPError
 from tests.unit.fake_machine import FakeMachine, build, dispatch
 
 
 @pytest.fixture(autouse=True)
-def parked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[endpoint.Endpoint]]:
+def parked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dropped.Dropped]]:
     """What is parked in this test alone."""
     gc.collect()
-    own: list[endpoint.Endpoint] = []
-    monkeypatch.setattr(endpoint, "PARKED", own)
+    own: list[dropped.Dropped] = []
+    monkeypatch.setattr(dropped, "PARKED", own)
     yield own
     gc.collect()
 
@@ -54,7 +54,7 @@ NEXT: dict[str, Callable[[ElasticBuffer], Any]] = {
     "get_comm_stream": ElasticBuffer.get_comm_stream,
     "build": lambda _: build(),
     "destroy": ElasticBuffer.destroy,
-    "the end": lambda _: endpoint.free_parked(),
+    "the end": lambda _: dropped.free_parked(),
 }
 
 
@@ -70,7 +70,7 @@ def test_the_next_call_frees_what_was_dropped(machine: FakeMachine, monkeypatch:
     del result
 
 
-def test_nothing_is_freed_while_a_graph_is_captured(machine: FakeMachine, parked: list[endpoint.Endpoint]) -> None:
+def test_nothing_is_freed_while_a_graph_is_captured(machine: FakeMachine, parked: list[dropped.Dropped]) -> None:
     buffer, other = build(), build()
     del other
     gc.collect()
@@ -122,15 +122,19 @@ def test_what_a_failure_leaves_out(
 
 
 def test_a_device_that_has_failed_lets_peers_wait_briefly(
-    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And what a kernel had recorded before is told."""
+
     def fail(device: torch.device) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
     buffer = build()
     monkeypatch.setattr(machine, "comm_stream", object())
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    machine.leave_fault()
     buffer.destroy()
+    assert "nobody was told: rank 0 waited 2.0 s in collect: for rank 1" in caplog.text
     assert machine.meeting_limit_s == endpoint.BROKEN_SECONDS
     assert (machine.steps, machine.closed_together) == (["meet", "close"], False)
 

@@ -15,7 +15,7 @@ import torch
 import deep_ep
 from deep_ep import ElasticBuffer
 from deep_ep.calls import dispatch as calls_dispatch
-from deep_ep.calls import endpoint
+from deep_ep.calls import dropped, endpoint
 from deep_ep.calls.agreement import Settings
 from deep_ep.errors import EPEnvironmentError, EPError, EPTimeoutError
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
@@ -79,6 +79,19 @@ def test_counts_that_never_come(buffer: ElasticBuffer, machine: FakeMachine) -> 
     assert (caught.value.report.rank, caught.value.report.phase) == (0, "for the counts of a dispatch")
     with pytest.raises(EPError, match="this buffer must be rebuilt on every rank: the host waited in vain for the cou"):
         dispatch(impatient)
+
+
+def test_counts_that_never_come_name_who_does_not_send_them(machine: FakeMachine) -> None:
+    """Where the host's limit is the shorter one: kernels have given notice by then, of whom they wait for."""
+    impatient = build(num_cpu_timeout_secs=0.05, num_gpu_timeout_secs=100)
+    patience = impatient._endpoint.patience_argument
+    assert patience.notice_ns < 0.05e9 < patience.timeout_ns
+    machine.on_launch = lambda: machine.leave_fault(record=1)
+    told = "rank 0 waited 0.05 s for the counts of a dispatch, while its kernels waited for rank 1; every rank"
+    with pytest.raises(EPTimeoutError, match=told) as caught:
+        dispatch(impatient)
+    assert caught.value.report is not None
+    assert caught.value.report.peers == (1,)
 
 
 def test_who_waits_long_says_so(machine: FakeMachine, caplog: pytest.LogCaptureFixture) -> None:
@@ -182,7 +195,7 @@ def test_the_last_fault_is_logged(machine: FakeMachine, caplog: pytest.LogCaptur
             buffer.destroy()
         del buffer
         gc.collect()
-        endpoint.free_parked()
+        dropped.free_parked()
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "nobody was told: rank 0 waited 2.0 s in collect: for rank 1" in record.getMessage()
     assert machine.window.closed == (end != "break the promise")
