@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+
+from deep_ep.event import Kept
+
+
+class Seen(NamedTuple):
+    """A handle's fields as they were when they were seen to be right, and its tensors."""
+
+    fields: tuple[Any, ...]
+    counts: list[int]  # a copy: a list may change and stay the same object
+    kept: Kept
 
 
 @dataclass
@@ -50,6 +62,7 @@ class EPHandle:
     group_ranks: tuple[int, ...] = field(repr=False)
     """Global ranks of the group; a buffer of another group refuses the handle."""
     rank: int = field(repr=False)
+    _seen: Seen | None = field(default=None, init=False, repr=False, compare=False)
 
     def turn_to(self, do_expand: bool) -> None:
         """A dispatch has used the handle for this layout: what depends on it follows."""
@@ -59,3 +72,55 @@ class EPHandle:
     @property
     def num_topk(self) -> int:
         return int(self.topk_idx.shape[1])
+
+    def remember(self, kept: Kept | None = None) -> None:
+        """What calls go by is right as it is now, and need not be looked at again before somebody sets it.
+
+        Args:
+            kept: the tensors, if fewer hold all their memory, or if a stream was told of them.
+        """
+        tensors = (field for field in _FIELDS(self) if isinstance(field, torch.Tensor))
+        self._seen = Seen(_FIELDS(self), list(self.num_recv_tokens_per_expert_list), kept or Kept(tuple(tensors)))
+
+    @property
+    def is_as_seen(self) -> bool:
+        """Whether what calls go by is what remember() saw: the same objects, and the same counts."""
+        seen = self._seen
+        return (
+            seen is not None
+            and all(map(operator.is_, seen.fields, _FIELDS(self)))
+            and seen.counts == self.num_recv_tokens_per_expert_list
+            and (
+                self.psum_num_recv_tokens_per_expert is self.per_expert_aligned
+                or self.psum_num_recv_tokens_per_expert is self.per_expert_end
+            )
+        )
+
+    @property
+    def kept(self) -> Kept:
+        """Its tensors, of a handle that was seen to be right."""
+        assert self._seen is not None
+        return self._seen.kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was seen: a copy has other tensors."""
+        return {**vars(self), "_seen": None}
+
+
+# What calls go by, but for do_expand, which may change. psum_num_recv_tokens_per_expert is one of two that are here.
+_FIELDS = operator.attrgetter(
+    "num_experts",
+    "expert_alignment",
+    "num_max_tokens_per_rank",
+    "num_recv_tokens",
+    "num_expanded_tokens",
+    "num_recv_tokens_per_expert_list",
+    "topk_idx",
+    "dst_buffer_slot_idx",
+    "recv_src_metadata",
+    "psum_num_recv_tokens_per_scaleup_rank",
+    "per_expert_aligned",
+    "per_expert_end",
+    "num_unaligned_recv_tokens_per_expert",
+    "number",
+)

@@ -92,13 +92,15 @@ def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
 
 def carries_no_gradient(call: str, **values: Any) -> None:
     """None of the tensors, or of their pairs, asks for a gradient, which would be lost without a word."""
+    if not torch.is_grad_enabled():
+        return
     for name, value in values.items():
-        tensors = value if isinstance(value, (tuple, list)) else (value,)
-        if torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors):
-            raise ValueError(
-                f"{name} requires a gradient, which buffer.{call} does not carry; use deep_ep.autograd.{call}, or call "
-                "it under torch.no_grad(), or inside a torch.autograd.Function of your own"
-            )
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(each, torch.Tensor) and each.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, which buffer.{call} does not carry; use deep_ep.autograd.{call}, or "
+                    "call it under torch.no_grad(), or inside a torch.autograd.Function of your own"
+                )
 
 
 def is_timeout(name: str, value: Any) -> float:
@@ -216,6 +218,8 @@ def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
 
 def is_whole_handle(handle: EPHandle, num_ranks: int) -> None:
     """All but ``do_expand`` is as its dispatch left it, as far as sizes show; kernels go by them."""
+    if handle.is_as_seen:
+        return
     tokens, experts = handle.num_recv_tokens, handle.num_experts
     selections, (local_experts, rest) = tuple(handle.topk_idx.shape), divmod(experts, num_ranks)
     shapes: dict[str, tuple[int, ...]] = {
@@ -246,6 +250,7 @@ def is_whole_handle(handle: EPHandle, num_ranks: int) -> None:
             f"handle.num_expanded_tokens must be {expanded} for {experts} experts and counts of {counts} as its "
             f"dispatch left it, but it is {handle.num_expanded_tokens}; of a handle only do_expand may be set"
         )
+    handle.remember()
 
 
 def biases(value: Any, num_tokens: int, hidden: int, device: torch.device) -> list[torch.Tensor]:

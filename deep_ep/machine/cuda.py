@@ -158,8 +158,8 @@ class CudaMachine:
         num_blocks: int,
         shared_bytes: int,
         stream: Any,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
+        reads: Sequence[torch.Tensor | None],
+        writes: Sequence[torch.Tensor | None],
         cooperative: bool = False,
         meets_peers: bool = True,
     ) -> None:

@@ -234,8 +234,8 @@ class SimulatedMachine:
         num_blocks: int,
         shared_bytes: int,
         stream: Any,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
+        reads: Sequence[torch.Tensor | None],
+        writes: Sequence[torch.Tensor | None],
         cooperative: bool = False,
         meets_peers: bool = True,
     ) -> None:
