@@ -70,19 +70,19 @@ def has_rows(name: str, value: torch.Tensor, rows: int, why: str) -> None:
 
 def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
     """Rows that bulk copies can take: contiguous, and sizes, strides and address multiples of 16 bytes."""
-    size = value.element_size()
-    if value.shape[1] == 0 or value.shape[1] * size % 16:
+    (rows, columns), (row_stride, stride), size = value.shape, value.stride(), value.element_size()
+    if columns == 0 or columns * size % 16:
         raise ValueError(
-            f"{name} has rows of {value.shape[1]} x {size} bytes; a row must be a positive multiple of 16 bytes: "
+            f"{name} has rows of {columns} x {size} bytes; a row must be a positive multiple of 16 bytes: "
             f"pad the hidden size to a multiple of {16 // size}"
         )
-    if value.shape[0] == 0:
+    if rows == 0:
         return value
-    if value.stride(1) != 1:
+    if stride != 1:
         raise ValueError(f"{name} must have contiguous rows, but its strides are {value.stride()}; call .contiguous()")
-    if value.shape[0] > 1 and (value.stride(0) * size % 16 or value.stride(0) < value.shape[1]):
+    if rows > 1 and (row_stride * size % 16 or row_stride < columns):
         raise ValueError(
-            f"{name} has a row stride of {value.stride(0)} x {size} bytes; it must be a multiple of 16 bytes and no "
+            f"{name} has a row stride of {row_stride} x {size} bytes; it must be a multiple of 16 bytes and no "
             "less than a row: call .contiguous()"
         )
     if value.data_ptr() % 16:
@@ -162,7 +162,7 @@ def is_weights(value: Any, name: str, rows: int, num_topk: int, device: torch.de
     if value is None:
         return None
     weights = is_tensor(name, value, "TK", torch.float32, device)
-    if tuple(weights.shape) != (rows, num_topk):
+    if weights.shape != (rows, num_topk):
         shape = list(weights.shape)
         raise ValueError(f"{name} must be [{rows}, {num_topk}], one weight a selection, but its shape is {shape}")
     return weights

@@ -133,8 +133,8 @@ def _check_known_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: i
     if asked.topk_idx is not None:
         raise ValueError("topk_idx and handle were both given; a handle holds the selections: leave topk_idx out")
     for name in ("num_experts", "num_max_tokens_per_rank", "expert_alignment"):
-        given, known = getattr(asked, name), getattr(handle, name)
-        if given is not None and given != known:
+        given = getattr(asked, name)
+        if given is not None and given != (known := getattr(handle, name)):
             raise ValueError(f"{name} is {given} but the handle's dispatch had {known}; leave it out, or pass the same")
     dispatched = handle.topk_idx.shape[0]
     if num_tokens != dispatched:
@@ -210,10 +210,10 @@ class Call:
                 meets_peers=division.num_send_blocks > 0,
             )
 
-    def end(self, outputs: Tensors, kept: Kept | None = None) -> EventOverlap:
-        """``kept``: what a handle has brought."""
+    def end(self, inputs: Tensors, outputs: Tensors, kept: Kept | None = None) -> EventOverlap:
+        """``inputs``: beside those of every dispatch."""
         request, payload = self.request, self.request.payload
-        given = (payload.rows, payload.scales, request.weights, request.stats, request.routing.topk_idx)
+        given = (payload.rows, payload.scales, request.weights, request.stats, *inputs)
         return self.order.end(given, outputs, kept)
 
 
@@ -255,7 +255,7 @@ def _find_routes(call: Call) -> DispatchResult:
         divisions = [receiving] if request.exact_sizes else request.plan.whole
         call.launch(divisions, (), (*found, *outputs.tensors, *routes))
     pieces = (kept_idx, slots, *routes.pieces)
-    event = call.end((*outputs.tensors, *pieces))
+    event = call.end((routing.topk_idx,), (*outputs.tensors, *pieces))
 
     handle = EPHandle(
         do_expand=request.expand,
@@ -292,6 +292,6 @@ def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
         args.counts = routes.argument()
         call.order.wait_for(request.timing.previous_event_before_epilogue)
         call.launch(request.plan.whole, (handle.dst_buffer_slot_idx, *routes), outputs.tensors)
-    event = call.end(outputs.tensors, handle.kept)
+    event = call.end((), outputs.tensors, handle.kept)
     handle.turn_to(request.expand)
     return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

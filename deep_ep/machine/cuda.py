@@ -61,6 +61,7 @@ class PinnedWords:
 class _LoadedKernel:
     """A kernel in this device's context, and the launch configurations it was given so far."""
 
+    kernel: jit.Kernel
     module: Any
     function: Any
     configs: dict[tuple[int, int, int, bool], Any] = field(default_factory=dict)
@@ -91,7 +92,7 @@ class CudaMachine:
             self._context = self._call("cuCtxGetCurrent")
             most = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
             self.shared_bytes_per_block = self._call("cuDeviceGetAttribute", most, self.device.index)
-        self._loaded: dict[jit.Kernel, _LoadedKernel] = {}
+        self._loaded: dict[int, _LoadedKernel] = {}  # by the kernel's id: to hash all that it holds takes long
         self._windows: list[CudaWindow] = []
         self._communicator = nccl.Communicator(group, self.device, environment, self.all_gather_object)
         self._closed = False
@@ -130,12 +131,12 @@ class CudaMachine:
         return PinnedWords(count)
 
     def prepare(self, kernels: Iterable[jit.Kernel]) -> None:
-        missing = [kernel for kernel in kernels if kernel not in self._loaded]
+        missing = [kernel for kernel in kernels if id(kernel) not in self._loaded]
         for kernel in missing:
             self._refuse_capture(f"kernel {kernel.name} is used for the first time and cannot be loaded")
         with ThreadPoolExecutor() as pool:  # compilers give the GIL away
             for kernel, built in zip(missing, pool.map(self._build, missing), strict=True):
-                self._loaded[kernel] = self._load(kernel, built)
+                self._loaded[id(kernel)] = self._load(kernel, built)
 
     def _build(self, kernel: jit.Kernel) -> jit.Built:
         return jit.build(kernel, jit.default_toolchain(kernel, self._architecture, self._environment))
@@ -148,7 +149,7 @@ class CudaMachine:
             static = self._call("cuFuncGetAttribute", attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
             most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._call("cuFuncSetAttribute", function, most, self.shared_bytes_per_block - static)
-        return _LoadedKernel(module, function)
+        return _LoadedKernel(kernel, module, function)
 
     def launch(
         self,
@@ -166,10 +167,10 @@ class CudaMachine:
         # The hot path: two dictionary look-ups, one pointer, one driver call.
         if not isinstance(args, kernel.args):
             raise TypeError(f"{kernel.name} takes a {kernel.args.__name__}, but args is a {type(args).__name__}")
-        loaded = self._loaded.get(kernel)
+        loaded = self._loaded.get(id(kernel))
         if loaded is None:
             self.prepare([kernel])
-            loaded = self._loaded[kernel]
+            loaded = self._loaded[id(kernel)]
         if stream is None:
             stream = torch.cuda.current_stream(self.device)
         handle = stream if isinstance(stream, int) else stream.cuda_stream
@@ -178,6 +179,8 @@ class CudaMachine:
         pointer = ctypes.c_void_p(ctypes.addressof(args))  # the only parameter; the driver copies what it points to
         parameters = ctypes.addressof(pointer)
         (status,) = self._driver.cuLaunchKernelEx(config, loaded.function, parameters, 0)
+        if status == 0:
+            return
         if status in (INVALID_CONTEXT, INVALID_HANDLE):
             # This thread has another device current, or none yet; the next launch from it will be on the short way.
             self._call("cuCtxSetCurrent", self._context)
@@ -205,10 +208,15 @@ class CudaMachine:
         return config
 
     def current_capture(self) -> int:
-        with torch.cuda.device(self.device):
-            if not torch.cuda.is_current_stream_capturing():
-                return 0
-            _, number, *_ = self._call("cuStreamGetCaptureInfo", torch.cuda.current_stream().cuda_stream)
+        if torch.cuda.current_device() != self.device.index:  # to ask is cheap, to enter the device's context is not
+            with torch.cuda.device(self.device):
+                return self._capture_of_current_device()
+        return self._capture_of_current_device()
+
+    def _capture_of_current_device(self) -> int:
+        if not torch.cuda.is_current_stream_capturing():
+            return 0
+        _, number, *_ = self._call("cuStreamGetCaptureInfo", torch.cuda.current_stream().cuda_stream)
         return int(number)
 
     def meet(self, what: str, limit_s: float | None = None) -> None:
