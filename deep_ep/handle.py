@@ -79,8 +79,10 @@ class EPHandle:
         Args:
             kept: the tensors, if fewer hold all their memory, or if a stream was told of them.
         """
-        tensors = (field for field in _FIELDS(self) if isinstance(field, torch.Tensor))
-        self._seen = Seen(_FIELDS(self), list(self.num_recv_tokens_per_expert_list), kept or Kept(tuple(tensors)))
+        fields = _FIELDS(self)
+        if kept is None:
+            kept = Kept([field for field in fields if isinstance(field, torch.Tensor)])
+        self._seen = Seen(fields, list(self.num_recv_tokens_per_expert_list), kept)
 
     @property
     def is_as_seen(self) -> bool:

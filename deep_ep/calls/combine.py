@@ -11,7 +11,7 @@ from deep_ep.calls.endpoint import Endpoint, Tensors
 from deep_ep.calls.plans import CombinePlan, CombineShape, plan_combine
 from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import Rows, pointer
+from deep_ep.ops.arguments import pointer
 from deep_ep.ops.combine import CombineArgs, Return
 
 CombineResult = tuple[torch.Tensor, torch.Tensor | None, EventOverlap]
@@ -118,7 +118,7 @@ def _arguments(
     args.slots = handle.dst_buffer_slot_idx.data_ptr()
     args.routes = handle.number.data_ptr()
     results, combined = args.results, args.combined
-    results.rows = Rows.of(request.x)
+    results.rows.take(request.x)
     results.weights = pointer(weights)
     results.metadata = pointer(metadata)
     results.by_owner.per_rank = handle.psum_num_recv_tokens_per_scaleup_rank.data_ptr()

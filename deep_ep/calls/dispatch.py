@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from deep_ep.calls.plans import DispatchPlan, DispatchShape, plan_dispatch
 from deep_ep.calls.received import Outputs, Routes, Sizes
 from deep_ep.event import CallOrder, EventOverlap, Kept, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import Rows, pointer
+from deep_ep.ops.arguments import pointer
 from deep_ep.ops.dispatch import DispatchArgs, Scales
 
 TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -173,25 +174,28 @@ class Call:
         topk_idx, weights = order.contiguous(request.routing.topk_idx), order.contiguous(request.weights)
         args = DispatchArgs.from_buffer_copy(request.plan.args)
         args.routing.take(topk_idx)
-        args.rows = Rows.of(payload.rows)
+        args.rows.take(payload.rows)
         args.weights = pointer(weights)
         args.stats = pointer(request.stats)
         if payload.scales is not None:
             args.scales = Scales.of(payload.scales)
         return Call(endpoint, request, order, topk_idx, weights, args)
 
+    def allocation(self) -> AbstractContextManager[Any]:
+        """The context in which all is allocated that the kernel writes."""
+        return self.order.allocation(self.request.timing.allocate_on_comm_stream)
+
     def allocate(self, sizes: Sizes) -> Outputs:
         """Outputs, of which the kernel knows then."""
         request = self.request
-        with self.order.allocation(request.timing.allocate_on_comm_stream):
-            outputs = Outputs.allocate(
-                request.payload,
-                self.topk_idx,
-                self.weights,
-                sizes,
-                expand=request.expand,
-                col_major_scales=request.col_major_scales,
-            )
+        outputs = Outputs.allocate(
+            request.payload,
+            self.topk_idx,
+            self.weights,
+            sizes,
+            expand=request.expand,
+            col_major_scales=request.col_major_scales,
+        )
         outputs.tell(self.args.received, sizes)
         return outputs
 
@@ -230,9 +234,9 @@ def _find_routes(call: Call) -> DispatchResult:
     routing, topk_idx, num_ranks = request.routing, call.topk_idx, endpoint.num_ranks
     num_topk, local_experts = topk_idx.shape[1], routing.num_experts // num_ranks
     copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
-    with order.allocation(request.timing.allocate_on_comm_stream):
+    with call.allocation():
         kept_idx = torch.empty_like(topk_idx) if copies_idx else topk_idx
-        slots = topk_idx.new_empty(topk_idx.shape, dtype=torch.int32)
+        slots = torch.empty_like(topk_idx, dtype=torch.int32)
     args.slots = slots.data_ptr()
     args.kept_idx = kept_idx.data_ptr() if copies_idx else None
     found = (slots, kept_idx) if copies_idx else (slots,)
@@ -246,8 +250,8 @@ def _find_routes(call: Call) -> DispatchResult:
             tokens, counts = endpoint.wait_for_counts(local_experts)
             aligned_counts = [layout.align(count, routing.alignment) for count in counts]
             sizes = Sizes(tokens, sum(aligned_counts))
-        outputs = call.allocate(sizes)
-        with order.allocation(request.timing.allocate_on_comm_stream):
+        with call.allocation():
+            outputs = call.allocate(sizes)
             routes = Routes.allocate(topk_idx, sizes.tokens, num_topk, num_ranks, local_experts)
         args.received.metadata = routes.metadata.data_ptr()
         args.counts = routes.argument()
@@ -287,7 +291,8 @@ def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
     request, args, routes = call.request, call.args, Routes.of(handle)
     args.slots = handle.dst_buffer_slot_idx.data_ptr()
     with call.endpoint.breaking_on_error("dispatch"):
-        outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
+        with call.allocation():
+            outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
         args.received.known_metadata = routes.metadata.data_ptr()
         args.counts = routes.argument()
         call.order.wait_for(request.timing.previous_event_before_epilogue)

@@ -112,9 +112,10 @@ class RecordShape(ctypes.Structure):
 class Rows(ctypes.Structure):
     _fields_ = [("x", ctypes.c_void_p), ("stride", ctypes.c_int64)]
 
-    @staticmethod
-    def of(x: torch.Tensor) -> Rows:
-        return Rows(x.data_ptr(), x.stride(0) * x.element_size())
+    def take(self, x: torch.Tensor) -> None:
+        """The rows of this call."""
+        self.x = x.data_ptr()
+        self.stride = x.stride(0) * x.element_size()
 
 
 class PlanFlag(enum.IntEnum):
