@@ -125,4 +125,5 @@ _FIELDS = operator.attrgetter(
     "per_expert_end",
     "num_unaligned_recv_tokens_per_expert",
     "number",
+    "group_ranks",
 )

@@ -191,6 +191,9 @@ def test_a_handle_is_looked_at_once(buffer: ElasticBuffer) -> None:
         buffer.dispatch(rows(3), handle=twin)
         assert twin.is_as_seen
         assert twin.kept is not seen
+    handle.group_ranks = (*handle.group_ranks,)
+    assert not handle.is_as_seen, "for another group other sizes are right"
+    buffer.dispatch(rows(3), handle=handle)
     handle.number = handle.number.clone()
     assert not handle.is_as_seen
     buffer.dispatch(rows(3), handle=handle)
