@@ -94,6 +94,7 @@ def main() -> None:
     calls = {kind: [(name, CALLS[name].prepare(workload, arguments.sms)) for name in TIMED[kind]] for kind in TIMED}
     for kind, text, roles in divisions(arguments, endpoint.roles):
         endpoint.roles = roles
+        endpoint.plans.clear()
         medians = [
             f"{name} {statistics.median(stopwatch.eager(call, arguments.iterations)):.1f}" for name, call in calls[kind]
         ]

@@ -267,22 +267,22 @@ class ElasticBuffer(Later):
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
         asked = AskedDispatch(
-            x=x,
-            topk_idx=topk_idx,
-            topk_weights=topk_weights,
-            stats=cumulative_local_expert_recv_stats,
-            num_experts=num_experts,
-            num_max_tokens_per_rank=num_max_tokens_per_rank,
-            buffers_max_tokens=self.num_max_tokens_per_rank,
-            expert_alignment=expert_alignment,
-            num_sms=num_sms,
-            handle=handle,
-            do_handle_copy=do_handle_copy,
-            do_cpu_sync=do_cpu_sync,
-            do_expand=do_expand,
-            do_zero_padding=do_zero_padding,
-            use_tma_aligned_col_major_sf=use_tma_aligned_col_major_sf,
-            timing=timing,
+            x,
+            topk_idx,
+            topk_weights,
+            cumulative_local_expert_recv_stats,
+            num_experts,
+            num_max_tokens_per_rank,
+            self.num_max_tokens_per_rank,
+            expert_alignment,
+            num_sms,
+            handle,
+            do_handle_copy,
+            do_cpu_sync,
+            do_expand,
+            do_zero_padding,
+            use_tma_aligned_col_major_sf,
+            timing,
         )
         request = check_dispatch(endpoint, asked)
         with endpoint.named("dispatch"):

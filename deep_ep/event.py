@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+NOTHING = nullcontext()  # for all who enter no context
+Tensor = TypeVar("Tensor", torch.Tensor, torch.Tensor | None)
 
 
 class EventHandle:
@@ -88,8 +91,7 @@ class EventOverlap:
         self.current_stream_wait()
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """What a call waits for and who waits for it, as its caller said."""
 
     previous_event: EventOverlap | EventHandle | None
@@ -143,6 +145,20 @@ class LastCall:
         return self._captured
 
 
+class Kept:
+    """Tensors that a handle keeps, for calls to read.
+
+    torch's allocator remembers which streams use a tensor until it has its memory back, so it is told once.
+    """
+
+    __slots__ = ("stream", "tensors")
+
+    def __init__(self, tensors: Sequence[torch.Tensor], stream: torch.cuda.Stream | None = None) -> None:
+        self.tensors = tensors
+        self.stream = stream
+        """The one that the allocator was told of last."""
+
+
 class CallOrder:
     """One call's place among the streams: begin() before its first launch, end() after its last.
 
@@ -172,6 +188,10 @@ class CallOrder:
         self.stream = comm_stream if self._beside else self._current
         """Where the call's kernels run; None on simulated ranks."""
         self._last = CallEnd(0)
+        self._capture = 0
+        self._told: torch.cuda.Stream | None = None  # that it uses the tensors of end()
+        self._copies: list[torch.Tensor] = []
+        self._outputs_are_currents = False  # known to come from the current stream's pool
 
     def begin(self, last_call: LastCall, capture: int) -> None:
         """Make the stream wait for the inputs, and for the buffer's call before this one.
@@ -182,8 +202,9 @@ class CallOrder:
         """
         if self.stream is None or self._current is None:
             return
+        self._capture = capture
         self._last = last = last_call.of(capture)
-        if last.event is not None and last.stream != self.stream:
+        if last.event is not None and last.stream is not self.stream and last.stream != self.stream:
             self.stream.wait_event(last.event)
         if self._previous is not None:
             self.stream.wait_event(self._previous)
@@ -198,7 +219,16 @@ class CallOrder:
 
     def running(self) -> AbstractContextManager[Any]:
         """The context of copies that the kernels read: they come after what the kernels wait for, and before them."""
-        return torch.cuda.stream(self.stream) if self._beside and self.stream else nullcontext()
+        return torch.cuda.stream(self.stream) if self._beside and self.stream else NOTHING
+
+    def contiguous(self, tensor: Tensor) -> Tensor:
+        """The tensor for kernels to read: itself if it is contiguous or None, else a copy."""
+        if tensor is None or tensor.is_contiguous():
+            return tensor
+        with self.running():
+            copy = tensor.contiguous()
+        self._copies.append(copy)
+        return copy
 
     def allocation(self, on_comm_stream: bool) -> AbstractContextManager[Any]:
         """The context in which outputs are allocated.
@@ -206,14 +236,23 @@ class CallOrder:
         Kernels that do not wait for the current stream must not write into memory that its pool hands out: work queued
         there may still use it. So a previous event has outputs come from the communication stream's pool in any case.
         """
-        return self.running() if on_comm_stream or self._previous is not None else nullcontext()
+        if on_comm_stream or self._previous is not None:
+            return self.running()
+        self._outputs_are_currents = True
+        return NOTHING
 
-    def end(self, inputs: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor | None]) -> EventOverlap:
+    def end(
+        self,
+        inputs: Sequence[torch.Tensor | None],
+        outputs: Sequence[torch.Tensor | None],
+        kept: Kept | None = None,
+    ) -> EventOverlap:
         """Make the current stream wait, or, when asynchronous, hand out an event that can be waited for.
 
         Args:
-            inputs: what the kernels read.
-            outputs: what they write, and copies made in running(): wherever they were allocated, both streams use them.
+            inputs: what the kernels read, beside copies.
+            outputs: what they write: wherever it was allocated, both streams use it.
+            kept: what they read of a handle.
         """
         if self.stream is None or self._current is None:
             return EventOverlap(EventHandle.inert() if self._asynchronous else None)
@@ -223,20 +262,30 @@ class CallOrder:
         written = [tensor for tensor in outputs if tensor is not None]
         # Also with keep_in_event. Outputs outlive the event, and those of the communication stream's pool go back there
         # as soon as nobody holds them, for a call that need not wait for the current stream's reads of them
-        # (previous_event). To outputs of the current stream's own pool this does nothing.
-        for tensor in written:
+        # (previous_event). To outputs of the current stream's own pool this would do nothing.
+        for tensor in self._copies if self._outputs_are_currents else (*self._copies, *written):
             tensor.record_stream(self._current)
         if not self._asynchronous:
             self._current.wait_event(self._last.note(self.stream))
             return EventOverlap()
-        living = [*(tensor for tensor in inputs if tensor is not None), *written]
+        living = [*(tensor for tensor in inputs if tensor is not None), *self._copies, *written]
+        if kept is not None and (self._keep_in_event or self._capture or kept.stream is not self.stream):
+            living += kept.tensors
         event = EventHandle.on(self.stream)
         self._last.note(self.stream, event.event)
         if self._keep_in_event:
             return EventOverlap(event, living)
         for tensor in living:
             tensor.record_stream(self.stream)
+        if not self._capture:  # of what is told there, the allocator forgets some when the capture ends
+            self._told = self.stream
+            if kept is not None:
+                kept.stream = self.stream
         return EventOverlap(event)
+
+    def keep(self, outputs: Sequence[torch.Tensor]) -> Kept:
+        """Outputs that end() has seen, for later calls to read."""
+        return Kept(outputs, self._told)
 
 
 def looking(

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from deep_ep.event import Kept
+
 
 @dataclass(init=False)
 class EPHandle:
@@ -51,10 +53,12 @@ class EPHandle:
     group_ranks: tuple[int, ...] = field(repr=False)
     """Global ranks of the group; a buffer of another group refuses the handle."""
     rank: int = field(repr=False)
+    _kept: Kept | None = field(default=None, repr=False)
+    """Its tensors, once it was seen to be right. Nobody can set it, so it stays so."""
 
     def __init__(self, **values: Any) -> None:
         """Every field by name. The package alone makes handles, one in most calls: so in one go, past __setattr__."""
-        self.__dict__.update(values)
+        self.__dict__.update(values, _kept=None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED:
@@ -69,6 +73,30 @@ class EPHandle:
     @property
     def num_topk(self) -> int:
         return int(self.topk_idx.shape[1])
+
+    def remember(self, kept: Kept | None = None) -> None:
+        """It is right, and need not be looked at again.
+
+        Args:
+            kept: its tensors, if fewer hold all their memory, or if a stream was told of them.
+        """
+        tensors = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+        self.__dict__.update(_kept=kept or Kept(tensors))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether remember() was called."""
+        return self._kept is not None
+
+    @property
+    def kept(self) -> Kept:
+        """The tensors of one that is known."""
+        assert self._kept is not None
+        return self._kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has other tensors."""
+        return {**vars(self), "_kept": None}
 
 
 _FIXED = frozenset(each.name for each in fields(EPHandle)) - {"do_expand"}

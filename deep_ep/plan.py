@@ -87,14 +87,6 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class CombineDivision:
-    """Who does what in a launch of a combine."""
-
-    num_send_blocks: int
-    """In them some warps send; all others add."""
-
-
-@dataclass(frozen=True)
 class CombineRoles:
     """What the combine kernel is compiled for. Its blocks send with a crew of warps, and add with all others."""
 
@@ -111,7 +103,7 @@ class CombineRoles:
         return 32 * self.num_warps
 
     def num_send_blocks(self, num_blocks: int) -> int:
-        """At least one block sends."""
+        """Those in which some warps send; all others add. At least one block sends."""
         return min(max(1, round(num_blocks * self.send_share)), num_blocks)
 
 

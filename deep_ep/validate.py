@@ -70,19 +70,19 @@ def has_rows(name: str, value: torch.Tensor, rows: int, why: str) -> None:
 
 def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
     """Rows that bulk copies can take: contiguous, and sizes, strides and address multiples of 16 bytes."""
-    size = value.element_size()
-    if value.shape[1] == 0 or value.shape[1] * size % 16:
+    (rows, columns), (row_stride, stride), size = value.shape, value.stride(), value.element_size()
+    if columns == 0 or columns * size % 16:
         raise ValueError(
-            f"{name} has rows of {value.shape[1]} x {size} bytes; a row must be a positive multiple of 16 bytes: "
+            f"{name} has rows of {columns} x {size} bytes; a row must be a positive multiple of 16 bytes: "
             f"pad the hidden size to a multiple of {16 // size}"
         )
-    if value.shape[0] == 0:
+    if rows == 0:
         return value
-    if value.stride(1) != 1:
+    if stride != 1:
         raise ValueError(f"{name} must have contiguous rows, but its strides are {value.stride()}; call .contiguous()")
-    if value.shape[0] > 1 and (value.stride(0) * size % 16 or value.stride(0) < value.shape[1]):
+    if rows > 1 and (row_stride * size % 16 or row_stride < columns):
         raise ValueError(
-            f"{name} has a row stride of {value.stride(0)} x {size} bytes; it must be a multiple of 16 bytes and no "
+            f"{name} has a row stride of {row_stride} x {size} bytes; it must be a multiple of 16 bytes and no "
             "less than a row: call .contiguous()"
         )
     if value.data_ptr() % 16:
@@ -92,13 +92,15 @@ def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
 
 def carries_no_gradient(call: str, **values: Any) -> None:
     """None of the tensors, or of their pairs, asks for a gradient, which would be lost without a word."""
+    if not torch.is_grad_enabled():
+        return
     for name, value in values.items():
-        tensors = value if isinstance(value, (tuple, list)) else (value,)
-        if torch.is_grad_enabled() and any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors):
-            raise ValueError(
-                f"{name} requires a gradient, which buffer.{call} does not carry; use deep_ep.autograd.{call}, or call "
-                "it under torch.no_grad(), or inside a torch.autograd.Function of your own"
-            )
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(each, torch.Tensor) and each.requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, which buffer.{call} does not carry; use deep_ep.autograd.{call}, or "
+                    "call it under torch.no_grad(), or inside a torch.autograd.Function of your own"
+                )
 
 
 def is_timeout(name: str, value: Any) -> float:
@@ -160,7 +162,7 @@ def is_weights(value: Any, name: str, rows: int, num_topk: int, device: torch.de
     if value is None:
         return None
     weights = is_tensor(name, value, "TK", torch.float32, device)
-    if tuple(weights.shape) != (rows, num_topk):
+    if weights.shape != (rows, num_topk):
         shape = list(weights.shape)
         raise ValueError(f"{name} must be [{rows}, {num_topk}], one weight a selection, but its shape is {shape}")
     return weights
@@ -216,6 +218,8 @@ def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
 
 def is_whole_handle(handle: EPHandle, num_ranks: int) -> None:
     """All but ``do_expand`` is as its dispatch left it, as far as sizes show; kernels go by them."""
+    if handle.is_known:
+        return
     tokens, experts = handle.num_recv_tokens, handle.num_experts
     selections, (local_experts, rest) = tuple(handle.topk_idx.shape), divmod(experts, num_ranks)
     shapes: dict[str, tuple[int, ...]] = {
@@ -246,6 +250,7 @@ def is_whole_handle(handle: EPHandle, num_ranks: int) -> None:
             f"handle.num_expanded_tokens must be {expanded} for {experts} experts and counts of {counts} as its "
             f"dispatch left it, but it is {handle.num_expanded_tokens}; of a handle only do_expand may be set"
         )
+    handle.remember()
 
 
 def biases(value: Any, num_tokens: int, hidden: int, device: torch.device) -> list[torch.Tensor]:

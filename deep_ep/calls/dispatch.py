@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from deep_ep import layout, plan, validate
 from deep_ep.calls.endpoint import Endpoint, Tensors
 from deep_ep.calls.payload import Payload
+from deep_ep.calls.plans import DispatchPlan, DispatchShape, plan_dispatch
 from deep_ep.calls.received import Outputs, Routes, Sizes
-from deep_ep.event import CallOrder, EventOverlap, Timing
+from deep_ep.event import CallOrder, EventOverlap, Kept, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing, Rows, pointer
-from deep_ep.ops.dispatch import DispatchArgs, Layout, Padding, PlacesFrom, Scales, dispatch_kernel
+from deep_ep.ops.arguments import pointer
+from deep_ep.ops.dispatch import DispatchArgs, Scales
 
 TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 DispatchResult = tuple[TokensOrPair, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]
 
 
-@dataclass(frozen=True)
-class AskedDispatch:
+class AskedDispatch(NamedTuple):
     """The arguments of a dispatch as they were given; nobody has looked at them yet."""
 
     x: Any
@@ -42,8 +43,7 @@ class AskedDispatch:
     timing: Timing
 
 
-@dataclass(frozen=True)
-class RoutingRequest:
+class RoutingRequest(NamedTuple):
     """Where tokens are to go: worked out from their selections, or known from an earlier dispatch."""
 
     topk_idx: torch.Tensor  # [T, K]
@@ -53,8 +53,7 @@ class RoutingRequest:
     handle: EPHandle | None = None
 
 
-@dataclass(frozen=True)
-class DispatchRequest:
+class DispatchRequest(NamedTuple):
     """A dispatch whose arguments are right. T tokens of H elements, K selections each."""
 
     payload: Payload  # [T, H]
@@ -62,29 +61,12 @@ class DispatchRequest:
     weights: torch.Tensor | None  # [T, K]
     stats: torch.Tensor | None  # [L] int32, to be added to
     num_sms: int
-    record: layout.Record
+    plan: DispatchPlan
     exact_sizes: bool  # the host waits for the counts
     copy_topk_idx: bool
     expand: bool
-    zero_padding: bool
     col_major_scales: bool
     timing: Timing
-
-    @property
-    def places_from(self) -> PlacesFrom:
-        return PlacesFrom.SELECTIONS if self.routing.handle is None else PlacesFrom.HANDLE
-
-    @property
-    def plan_flags(self) -> PlanFlag:
-        """What every rank must say alike."""
-        flags = PlanFlag(0)
-        if self.weights is not None:
-            flags |= PlanFlag.WEIGHTS
-        if self.payload.scales is not None:
-            flags |= PlanFlag.SCALES
-        if self.routing.handle is not None:
-            flags |= PlanFlag.CACHED
-        return flags
 
 
 def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
@@ -100,9 +82,22 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
     routing = check_routing(endpoint, asked, num_tokens)
     num_topk = routing.topk_idx.shape[1]
     weights = validate.is_weights(asked.topk_weights, "topk_weights", num_tokens, num_topk, endpoint.device)
-    record = payload.record(num_topk)
-    endpoint.fitting_tokens(routing.max_tokens, num_tokens, record)
-    num_sms = endpoint.num_sms(asked.num_sms)
+    expand = bool(asked.do_expand)
+    shape = DispatchShape(
+        num_tokens=layout.align(num_tokens, endpoint.roles.dispatch.tokens_per_counter),
+        row_bytes=payload.row_bytes,
+        num_scales=payload.num_scales,
+        num_topk=num_topk,
+        num_experts=routing.num_experts,
+        max_tokens=endpoint.fitting_tokens(routing.max_tokens, num_tokens),
+        alignment=routing.alignment,
+        num_sms=endpoint.num_sms(asked.num_sms),
+        has_weights=weights is not None,
+        has_handle=routing.handle is not None,
+        expand=expand,
+        zero_padding=bool(asked.do_zero_padding),
+    )
+    planned = endpoint.planned(plan_dispatch, shape)
     exact_sizes = asked.handle is None and (asked.do_cpu_sync is None or asked.do_cpu_sync)
     if exact_sizes:
         endpoint.refuse_capture("do_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
@@ -111,12 +106,11 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         routing=routing,
         weights=weights,
         stats=validate.is_stats(asked.stats, routing.num_experts // endpoint.num_ranks, endpoint.device),
-        num_sms=num_sms,
-        record=record,
+        num_sms=shape.num_sms,
+        plan=planned,
         exact_sizes=exact_sizes,
         copy_topk_idx=asked.do_handle_copy,
-        expand=asked.do_expand,
-        zero_padding=asked.do_zero_padding,
+        expand=expand,
         col_major_scales=asked.use_tma_aligned_col_major_sf,
         timing=asked.timing,
     )
@@ -126,7 +120,7 @@ def _check_new_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: int
     topk_idx = validate.is_topk_idx(asked.topk_idx, num_tokens, validate.topk_idx_t, endpoint.device)
     num_experts = validate.is_expert_count(asked.num_experts, endpoint.num_ranks)
     alignment = 1 if asked.expert_alignment is None else asked.expert_alignment
-    validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT)
+    alignment = validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT)
     if endpoint.looks_at_selections():
         with endpoint.looking(asked.timing):
             validate.are_valid_selections(topk_idx, num_experts)
@@ -141,8 +135,8 @@ def _check_known_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: i
     if asked.topk_idx is not None:
         raise ValueError("topk_idx and handle were both given; a handle holds the selections: leave topk_idx out")
     for name in ("num_experts", "num_max_tokens_per_rank", "expert_alignment"):
-        given, known = getattr(asked, name), getattr(handle, name)
-        if given is not None and given != known:
+        given = getattr(asked, name)
+        if given is not None and given != (known := getattr(handle, name)):
             raise ValueError(f"{name} is {given} but the handle's dispatch had {known}; leave it out, or pass the same")
     dispatched = handle.topk_idx.shape[0]
     if num_tokens != dispatched:
@@ -163,94 +157,69 @@ def _check_payload(asked: AskedDispatch, device: torch.device) -> Payload:
     return payload
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """A dispatch under way: what its launches have in common."""
 
     endpoint: Endpoint
     request: DispatchRequest
-    launch_plan: plan.LaunchPlan
     order: CallOrder
-    weights: torch.Tensor | None  # [T, K], contiguous
+    topk_idx: torch.Tensor  # [T, K], contiguous as weights are
+    weights: torch.Tensor | None
     args: DispatchArgs
 
     @staticmethod
     def begin(endpoint: Endpoint, request: DispatchRequest) -> Call:
-        roles, num_ranks, limit = endpoint.roles.dispatch, endpoint.num_ranks, endpoint.shared_limit
-        num_experts = request.routing.num_experts
-        launch = plan.plan_dispatch(roles, request.record, num_experts, num_ranks, limit)
-        order = endpoint.order(request.timing)
-        with order.running():
-            weights = None if request.weights is None else request.weights.contiguous()
-        args = DispatchArgs(
-            window=endpoint.window_argument,
-            patience=endpoint.patience_argument,
-            record=RecordShape.of(request.record),
-            rows=Rows.of(request.payload.rows),
-            weights=pointer(weights),
-            scales=Scales.of(request.payload.scales),
-            stats=pointer(request.stats),
-            alignment=request.routing.alignment,
-            plan_flags=request.plan_flags,
-            num_count_warps=plan.num_count_warps(roles, num_experts, num_ranks, limit),
-            send_piece_bytes=launch.send.piece_bytes,
-            send_stage_bytes=launch.send.stage_bytes,
-            receive_piece_bytes=launch.receive.piece_bytes,
-            receive_stage_bytes=launch.receive.stage_bytes,
-            tables_bytes=launch.tables_bytes,
-        )
-        return Call(endpoint, request, launch, order, weights, args)
+        """Of the arguments, the kernel lacks then where routes and outputs are."""
+        payload, order = request.payload, endpoint.order(request.timing)
+        topk_idx, weights = order.contiguous(request.routing.topk_idx), order.contiguous(request.weights)
+        args = DispatchArgs.from_buffer_copy(request.plan.args)
+        args.routing.take(topk_idx)
+        args.rows.take(payload.rows)
+        args.weights = pointer(weights)
+        args.stats = pointer(request.stats)
+        if payload.scales is not None:
+            args.scales = Scales.of(payload.scales)
+        return Call(endpoint, request, order, topk_idx, weights, args)
 
-    def route(self, topk_idx: torch.Tensor) -> None:
-        """Tell the kernel which experts tokens select."""
-        routing = self.request.routing
-        self.args.routing = Routing.of(topk_idx, routing.num_experts, self.endpoint.num_ranks, routing.max_tokens)
+    def allocation(self) -> AbstractContextManager[Any]:
+        """The context in which all is allocated that the kernel writes."""
+        return self.order.allocation(self.request.timing.allocate_on_comm_stream)
 
     def allocate(self, sizes: Sizes) -> Outputs:
         """Outputs, of which the kernel knows then."""
         request = self.request
-        with self.order.allocation(request.timing.allocate_on_comm_stream):
-            outputs = Outputs.allocate(
-                request.payload,
-                request.routing.topk_idx,
-                request.weights,
-                sizes,
-                expand=request.expand,
-                col_major_scales=request.col_major_scales,
-            )
-        layout = Layout.EXPANDED if request.expand else Layout.PLAIN
-        self.args.received = outputs.argument(sizes, layout, Padding.ZERO if request.zero_padding else Padding.LEAVE)
+        outputs = Outputs.allocate(
+            request.payload,
+            self.topk_idx,
+            self.weights,
+            sizes,
+            expand=request.expand,
+            col_major_scales=request.col_major_scales,
+        )
+        outputs.tell(self.args.received, sizes)
         return outputs
 
-    def launches(self) -> tuple[list[plan.Division], list[plan.Division]]:
-        """How blocks are divided: in the launches of a call whose outputs are there, which is one if there are blocks
-        for both halves; and in those of one that has to wait for them, one for each half."""
-        endpoint, request = self.endpoint, self.request
-        num_tokens, num_topk = request.routing.topk_idx.shape
-        traffic = plan.Traffic.of(endpoint.num_ranks, num_topk, request.expand)
-        roles, num_blocks = endpoint.roles.dispatch, endpoint.num_blocks(request.num_sms)
-        halves = roles.halves(num_blocks, num_tokens, traffic)
-        return [roles.division(num_blocks, num_tokens, traffic)] if num_blocks > 1 else halves, halves
-
     def launch(self, divisions: list[plan.Division], reads: Tensors, writes: Tensors) -> None:
-        """``reads``: beside what every launch reads."""
-        roles, payload = self.endpoint.roles.dispatch, self.request.payload
-        self.endpoint.launch(
-            dispatch_kernel(roles, self.request.places_from),
-            self.args,
-            divisions,
-            num_sms=self.request.num_sms,
-            shared_bytes=self.launch_plan.shared_bytes,
-            order=self.order,
-            reads=(payload.rows, payload.scales, self.weights, *reads),
-            writes=(self.request.stats, *writes),
-        )
+        """Launch once for each division. ``reads``, ``writes``: beside those of every launch."""
+        payload = self.request.payload
+        for division in divisions:
+            self.args.num_send_blocks = division.num_send_blocks
+            self.args.first_count_block = division.first_count_block
+            self.endpoint.launch(
+                self.request.plan.launch,
+                self.args,
+                order=self.order,
+                reads=(payload.rows, payload.scales, self.weights, self.topk_idx, *reads),
+                writes=(self.request.stats, *writes),
+                meets_peers=division.num_send_blocks > 0,
+            )
 
-    def end(self, inputs: Tensors, outputs: Tensors) -> EventOverlap:
-        """``inputs``, ``outputs``: beside those of every dispatch."""
+    def end(self, inputs: Tensors, outputs: Tensors, kept: Kept | None = None) -> EventOverlap:
+        """``inputs``: beside those of every dispatch."""
         request, payload = self.request, self.request.payload
-        given = (payload.rows, payload.scales, request.weights, request.stats)
-        return self.order.end((*given, *inputs), (self.weights, *outputs))
+        given = (payload.rows, payload.scales, request.weights, request.stats, *inputs)
+        return self.order.end(given, outputs, kept)
 
 
 def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult:
@@ -263,38 +232,35 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
 def _find_routes(call: Call) -> DispatchResult:
     """For exact sizes, the host waits between the half that sends and the half that receives."""
     endpoint, request, order, args = call.endpoint, call.request, call.order, call.args
-    routing, num_ranks = request.routing, endpoint.num_ranks
-    num_topk, local_experts = routing.topk_idx.shape[1], routing.num_experts // num_ranks
-    with order.running():
-        topk_idx = routing.topk_idx.contiguous()
-        copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
+    routing, topk_idx, num_ranks = request.routing, call.topk_idx, endpoint.num_ranks
+    num_topk, local_experts = topk_idx.shape[1], routing.num_experts // num_ranks
+    copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
+    with call.allocation():
         kept_idx = torch.empty_like(topk_idx) if copies_idx else topk_idx
-        slots = topk_idx.new_empty(topk_idx.shape, dtype=torch.int32)
-    call.route(topk_idx)
-    args.slots = pointer(slots)
-    args.kept_idx = pointer(kept_idx) if copies_idx else None
-    found = [slots, kept_idx] if copies_idx else [slots]
-    whole, (sending, receiving) = call.launches()
+        slots = torch.empty_like(topk_idx, dtype=torch.int32)
+    args.slots = slots.data_ptr()
+    args.kept_idx = kept_idx.data_ptr() if copies_idx else None
+    found = (slots, kept_idx) if copies_idx else (slots,)
 
-    sizes = Sizes.worst(routing.max_tokens, num_ranks, num_topk, local_experts, routing.alignment)
-    aligned_counts: list[int] = []
+    sizes, aligned_counts = request.plan.worst, list[int]()
     with endpoint.breaking_on_error("dispatch"):
         if request.exact_sizes:
+            sending, receiving = request.plan.halves
             args.host_words = endpoint.expect_counts()
-            call.launch([sending], [topk_idx], found)
+            call.launch([sending], (), found)
             tokens, counts = endpoint.wait_for_counts(local_experts)
             aligned_counts = [layout.align(count, routing.alignment) for count in counts]
             sizes = Sizes(tokens, sum(aligned_counts))
-        outputs = call.allocate(sizes)
-        with order.allocation(request.timing.allocate_on_comm_stream):
+        with call.allocation():
+            outputs = call.allocate(sizes)
             routes = Routes.allocate(topk_idx, sizes.tokens, num_topk, num_ranks, local_experts)
-        args.received.metadata = pointer(routes.metadata)
+        args.received.metadata = routes.metadata.data_ptr()
         args.counts = routes.argument()
         order.wait_for(request.timing.previous_event_before_epilogue)
-        call.launch(
-            [receiving] if request.exact_sizes else whole, [topk_idx], [*found, *outputs.tensors, *routes.tensors]
-        )
-    event = call.end([routing.topk_idx], [topk_idx, kept_idx, slots, *outputs.tensors, *routes.tensors])
+        divisions = [receiving] if request.exact_sizes else request.plan.whole
+        call.launch(divisions, (), (*found, *outputs.tensors, *routes))
+    pieces = (kept_idx, slots, *routes.pieces)
+    event = call.end((routing.topk_idx,), (*outputs.tensors, *pieces))
 
     handle = EPHandle(
         do_expand=request.expand,
@@ -317,22 +283,21 @@ def _find_routes(call: Call) -> DispatchResult:
         group_ranks=endpoint.group_ranks,
         rank=endpoint.rank,
     )
+    handle.remember(order.keep(pieces))
     return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
 
 
 def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
     """All is known: no counts travel and the host waits for nothing."""
-    endpoint, args, routes = call.endpoint, call.args, Routes.of(handle)
-    slots = handle.dst_buffer_slot_idx
-    call.route(handle.topk_idx)
-    args.slots = pointer(slots)
-    reads = [handle.topk_idx, slots, *routes.tensors]
-    with endpoint.breaking_on_error("dispatch"):
-        outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
-        args.received.known_metadata = pointer(routes.metadata)
+    request, args, routes = call.request, call.args, Routes.of(handle)
+    args.slots = handle.dst_buffer_slot_idx.data_ptr()
+    with call.endpoint.breaking_on_error("dispatch"):
+        with call.allocation():
+            outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
+        args.received.known_metadata = routes.metadata.data_ptr()
         args.counts = routes.argument()
-        call.order.wait_for(call.request.timing.previous_event_before_epilogue)
-        call.launch(call.launches()[0], reads, outputs.tensors)
-    event = call.end(reads, outputs.tensors)
-    handle.turn_to(call.request.expand)
+        call.order.wait_for(request.timing.previous_event_before_epilogue)
+        call.launch(request.plan.whole, (handle.dst_buffer_slot_idx, *routes), outputs.tensors)
+    event = call.end((), outputs.tensors, handle.kept)
+    handle.turn_to(request.expand)
     return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from deep_ep import environment, installation, jit, layout, plan, validate
 from deep_ep.calls import dropped
 from deep_ep.calls.agreement import Settings, agree_to_build
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
-from deep_ep.event import CallOrder, EventHandle, LastCall, Timing, looking
+from deep_ep.event import NOTHING, CallOrder, EventHandle, LastCall, Timing, looking
 from deep_ep.handle import EPHandle
 from deep_ep.machine import Machine, open_machine, raise_together
 from deep_ep.machine.meeting import Limits
@@ -30,7 +30,19 @@ logger = logging.getLogger("deep_ep")
 HOST_COUNTS = 2  # host words before the experts' counts: ready, rows
 BROKEN_SECONDS = 5.0  # how long ranks whose buffer is broken wait for each other before they give their memory back
 
+MAX_PLANS = 1024  # kept per endpoint
+
 Tensors = Sequence[torch.Tensor | None]
+Shape = TypeVar("Shape")
+Plan = TypeVar("Plan")
+
+
+class Launch(NamedTuple):
+    """A kernel and the shape of its launches."""
+
+    kernel: jit.Kernel
+    num_blocks: int
+    shared_bytes: int
 
 
 class Endpoint:
@@ -59,6 +71,8 @@ class Endpoint:
         self._has_launched = False  # in the call under way
         self._waited_for: set[int] = set()  # by kernels that gave notice, in the host's wait under way
         self._last_call = LastCall()
+        self.plans: dict[Any, Any] = {}
+        """By maker and shape; to be cleared by who changes ``roles``."""
         self.closed = False
 
         self.machine: Machine = open_machine(group, self.environment, Limits(cpu_timeout, gpu_timeout))
@@ -76,6 +90,7 @@ class Endpoint:
         self.window = self.machine.allocate_window(settings.num_bytes)
         self.device = self.machine.device
         self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
+        self._enough_sms = self.theoretical_num_sms(self.nvlink_gbs)
         self.shared_limit = self.machine.shared_bytes_per_block
         self.window_argument = Window.of(self.layout, self.rank, self.window.addresses, number)
         # In time for the host too: by the kernels' notice it can say whom it has waited for.
@@ -96,11 +111,13 @@ class Endpoint:
         except Exception as caught:
             error = caught
         raise_together(error, self.machine.all_gather_object)
+        # Of the fault and of the notice. Every call looks at them, and NumPy takes a tenth of torch's time.
+        self._fault_states = self._fault.tensor.numpy()[::FAULT_WORDS]
 
     def named(self, what: str) -> contextlib.AbstractContextManager[Any]:
         """An NVTX range with a name, for profilers; nothing unless EP_USE_NVIDIA_TOOLS asks for it."""
         if not self.environment.use_nvidia_tools or not torch.cuda.is_available():
-            return contextlib.nullcontext()
+            return NOTHING
         return torch.cuda.nvtx.range(f"deep_ep {what}")
 
     # Its life
@@ -133,7 +150,7 @@ class Endpoint:
         order = self.order(Timing(None, None, asynchronous=on_comm_stream, allocate_on_comm_stream=False))
         with self.breaking_on_error("barrier"):
             args = BarrierArgs(window=self.window_argument, patience=self.patience_argument)
-            self._launch(BARRIER, args, num_blocks=1, shared_bytes=0, order=order, reads=(), writes=())
+            self.launch(Launch(BARRIER, num_blocks=1, shared_bytes=0), args, order=order, reads=(), writes=())
             order.end((), ()).current_stream_wait()
             if host_waits and order.stream is not None:
                 self._wait_for_event(EventHandle.on(order.stream).event, "in a barrier")
@@ -167,7 +184,7 @@ class Endpoint:
         try:
             if self.machine.comm_stream is not None:
                 torch.cuda.synchronize(self.device)
-            return self._broken is None and int(self._fault.tensor[0]) == 0
+            return self._broken is None and not self._fault_states[0]
         except Exception as error:
             logger.warning("rank %d: waiting for %s at the end of a buffer failed: %s", self.rank, self.device, error)
             return False
@@ -253,6 +270,8 @@ class Endpoint:
 
     def _check_fault(self) -> None:
         """Raise what kernels have recorded, or log which of them have waited long."""
+        if not (self._fault_states[0] or self._fault_states[1]):
+            return
         try:
             check_fault(self._fault.tensor, self.rank)
         except EPError as error:
@@ -292,10 +311,7 @@ class Endpoint:
 
     def _go_on_waiting(self, watch: Watch, what: str) -> None:
         """Between two looks of the host at what it waits for."""
-        # Through NumPy this look costs a tenth of a microsecond; torch's own would cost more than the pause.
-        states = self._fault.tensor.numpy()[::FAULT_WORDS]
-        if states[0] or states[1]:
-            self._check_fault()
+        self._check_fault()
         if watch.is_over:
             self._broken = f"the host waited in vain {what} for {watch.limit_s} s"
             peers = tuple(sorted(self._waited_for))
@@ -323,14 +339,8 @@ class Endpoint:
         validate.is_whole_handle(handle, self.num_ranks)
         return handle
 
-    def fitting_tokens(
-        self, max_tokens: Any, num_tokens: int, record: layout.Record, rows_of_token: int | None = None
-    ) -> int:
-        """``max_tokens``, after seeing that the call has no more and that the window holds so many.
-
-        Args:
-            rows_of_token: if they come in a record each, whoever sends them; else a record a token of each source.
-        """
+    def fitting_tokens(self, max_tokens: Any, num_tokens: int) -> int:
+        """``max_tokens``, after seeing that the call has no more."""
         advice = "give it to the buffer or to the call"
         most = validate.is_count("num_max_tokens_per_rank", max_tokens, 1, advice=advice)
         if num_tokens > most:
@@ -338,21 +348,37 @@ class Endpoint:
                 f"x has {num_tokens} tokens but num_max_tokens_per_rank is {most}; raise it on every rank or split the "
                 "call"
             )
-        if not self.layout.fits(most, record, rows_of_token):
+        return most
+
+    def require_room(self, max_tokens: int, record: layout.Record, rows_of_token: int | None = None) -> None:
+        """Raise ValueError unless the window holds what so many tokens need.
+
+        Args:
+            rows_of_token: if they come in a record each, whoever sends them; else a record a token of each source.
+        """
+        if not self.layout.fits(max_tokens, record, rows_of_token):
             what = f"{record.row_bytes} bytes a token"
             if rows_of_token:
                 what = f"{rows_of_token} rows of {record.row_bytes} bytes a token (allow_multiple_reduction is False)"
             raise ValueError(
-                f"num_max_tokens_per_rank {most} with {what} and {self.num_ranks} ranks does not fit into a buffer of "
-                f"{self.layout.num_bytes} bytes; ElasticBuffer.get_buffer_size_hint says how many it takes"
+                f"num_max_tokens_per_rank {max_tokens} with {what} and {self.num_ranks} ranks does not fit into a "
+                f"buffer of {self.layout.num_bytes} bytes; ElasticBuffer.get_buffer_size_hint says how many it takes"
             )
-        return most
+
+    def planned(self, make: Callable[[Endpoint, Shape], Plan], shape: Shape) -> Plan:
+        """``make(self, shape)``, worked out once."""
+        plan: Plan | None = self.plans.get((make, shape))
+        if plan is None:
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            plan = self.plans[make, shape] = make(self, shape)
+        return plan
 
     def num_sms(self, given: Any) -> int:
         """SMs of a call; 0 stands for the analytic choice."""
         num_sms = validate.is_count("num_sms", given, 0)
         if num_sms == 0:
-            return self.theoretical_num_sms(self.nvlink_gbs)
+            return self._enough_sms
         if self.machine.name == "cuda":
             validate.is_count("num_sms", num_sms, 1, self.most_sms, "a call on this device takes no more")
         return num_sms
@@ -378,51 +404,26 @@ class Endpoint:
         return order
 
     def launch(
-        self,
-        kernel: jit.Kernel,
-        args: Any,
-        divisions: Sequence[plan.Division | plan.CombineDivision],
-        *,
-        num_sms: int,
-        shared_bytes: int,
-        order: CallOrder,
-        reads: Tensors,
-        writes: Tensors,
+        self, launch: Launch, args: Any, *, order: CallOrder, reads: Tensors, writes: Tensors, meets_peers: bool = True
     ) -> None:
-        """Launch a call, or a half of it, on ``num_sms`` blocks, once for each division. A division's fields are
-        arguments too."""
-        for division in divisions:
-            for name, value in vars(division).items():
-                setattr(args, name, value)
-            self._launch(
-                kernel,
-                args,
-                num_blocks=self.num_blocks(num_sms),
-                shared_bytes=shared_bytes,
-                order=order,
-                reads=reads,
-                writes=writes,
-                meets_peers=division.num_send_blocks > 0,
-            )
-
-    def _launch(
-        self, kernel: jit.Kernel, args: Any, *, order: CallOrder, reads: Tensors, writes: Tensors, **shape: Any
-    ) -> None:
+        """Launch a call, or a part of it; see Machine.launch."""
         self._has_launched = True
         self.machine.launch(
-            kernel,
+            launch.kernel,
             args,
+            num_blocks=launch.num_blocks,
+            shared_bytes=launch.shared_bytes,
             stream=order.stream,
-            reads=[tensor for tensor in reads if tensor is not None],
-            writes=[tensor for tensor in writes if tensor is not None],
-            **shape,
+            reads=reads,
+            writes=writes,
+            meets_peers=meets_peers,
         )
 
     # Counts that come before the tokens
 
     def expect_counts(self) -> int:
         """Forget the last call's counts; returns the address to which a kernel writes this call's."""
-        self._counts.tensor[0] = 0
+        self._counts.tensor.numpy()[0] = 0
         return self._counts.address
 
     def wait_for_counts(self, local_experts: int) -> tuple[int, list[int]]:

@@ -5,17 +5,16 @@ Kernels move both and look into neither, so another format is another dtype here
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from deep_ep import layout
+from deep_ep.layout import align
 
 TMA_ALIGNMENT = 4  # rows: columns of scale factors start at multiples of 16 bytes
 
 
-@dataclass(frozen=True)
-class Payload:
+class Payload(NamedTuple):
     """Rows of tokens, and of each its scale factors."""
 
     rows: torch.Tensor  # [T, H]
@@ -30,9 +29,10 @@ class Payload:
     def row_bytes(self) -> int:
         return self.rows.shape[1] * self.rows.element_size()
 
-    def record(self, num_topk: int) -> layout.Record:
-        """What travels for one token."""
-        return layout.Record.of_dispatch(self.row_bytes, num_topk, 0 if self.scales is None else self.scales.shape[1])
+    @property
+    def num_scales(self) -> int:
+        """Of a token."""
+        return 0 if self.scales is None else self.scales.shape[1]
 
     def new_empty(self, num_rows: int, *, col_major_scales: bool) -> Payload:
         """Room for ``num_rows`` such rows. Scale factors are row-major, or have strides (1, num_rows aligned to 4)."""
@@ -42,6 +42,6 @@ class Payload:
         num_scales = self.scales.shape[1]
         if not col_major_scales:
             return Payload(rows, self.scales.new_empty((num_rows, num_scales)))
-        aligned = layout.align(num_rows, TMA_ALIGNMENT)
+        aligned = align(num_rows, TMA_ALIGNMENT)
         columns = self.scales.new_empty(num_scales * aligned)
         return Payload(rows, columns.as_strided((num_rows, num_scales), (1, aligned)))

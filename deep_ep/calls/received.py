@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,11 +11,10 @@ from deep_ep.calls.endpoint import Tensors
 from deep_ep.calls.payload import Payload
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import pointer
-from deep_ep.ops.dispatch import Counts, Layout, Padding, Received, Scales
+from deep_ep.ops.dispatch import Counts, Received, Scales
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Rows that a dispatch fills at most."""
 
     tokens: int
@@ -28,8 +27,7 @@ class Sizes:
         return Sizes(num_ranks * max_tokens, expanded)
 
 
-@dataclass(frozen=True)
-class Routes:
+class Routes(NamedTuple):
     """Where tokens go. The kernel works it out, or reads what an earlier dispatch's handle has kept."""
 
     metadata: torch.Tensor  # [tokens, K+2] int32
@@ -44,7 +42,8 @@ class Routes:
         """``like``: a tensor of the device."""
         sums = like.new_empty(num_ranks + 3 * local_experts + 1, dtype=torch.int32)  # in one piece
         metadata = like.new_empty((tokens, num_topk + 2), dtype=torch.int32)
-        return Routes(metadata, *torch.split(sums, [num_ranks, local_experts, local_experts, local_experts, 1]))
+        sizes = [num_ranks, local_experts, local_experts, local_experts, 1]
+        return Routes(metadata, *sums.split_with_sizes(sizes))
 
     @staticmethod
     def of(handle: EPHandle) -> Routes:
@@ -58,19 +57,21 @@ class Routes:
         )
 
     @property
-    def counts(self) -> Tensors:
-        return self.per_rank, self.per_expert_aligned, self.per_expert_end, self.per_expert, self.number
-
-    @property
-    def tensors(self) -> Tensors:
-        return self.metadata, *self.counts
+    def pieces(self) -> tuple[torch.Tensor, ...]:
+        """One tensor of each piece of memory, of routes that ``allocate`` has made."""
+        return self.metadata, self.per_rank
 
     def argument(self) -> Counts:
-        return Counts(*map(pointer, self.counts))
+        return Counts(
+            self.per_rank.data_ptr(),
+            self.per_expert_aligned.data_ptr(),
+            self.per_expert_end.data_ptr(),
+            self.per_expert.data_ptr(),
+            self.number.data_ptr(),
+        )
 
 
-@dataclass(frozen=True)
-class Outputs:
+class Outputs(NamedTuple):
     """What a dispatch returns: ``rows`` are tokens, or rows of the expanded layout."""
 
     payload: Payload  # [rows, H]
@@ -99,16 +100,11 @@ class Outputs:
     def tensors(self) -> Tensors:
         return self.payload.rows, self.payload.scales, self.topk_idx, self.weights
 
-    def argument(self, sizes: Sizes, layout: Layout, padding: Padding) -> Received:
-        """Where they are; nothing yet about metadata."""
-        return Received(
-            x=self.payload.rows.data_ptr(),
-            stride=self.payload.row_bytes,
-            topk_idx=pointer(self.topk_idx),
-            weights=pointer(self.weights),
-            scales=Scales.of(self.payload.scales),
-            rows=sizes.tokens,
-            expanded_rows=sizes.expanded,
-            layout=layout,
-            padding=padding,
-        )
+    def tell(self, received: Received, sizes: Sizes) -> None:
+        """Set the kernel's arguments to where they are, but for metadata; the plan knows the layout."""
+        received.x = self.payload.rows.data_ptr()
+        received.topk_idx = pointer(self.topk_idx)
+        received.weights = pointer(self.weights)
+        received.rows, received.expanded_rows = sizes
+        if self.payload.scales is not None:
+            received.scales = Scales.of(self.payload.scales)

@@ -93,8 +93,8 @@ class Machine(Protocol):
         num_blocks: int,
         shared_bytes: int,
         stream: Any,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
+        reads: Sequence[torch.Tensor | None],
+        writes: Sequence[torch.Tensor | None],
         meets_peers: bool = True,
     ) -> None:
         """Launch a kernel.
@@ -105,8 +105,8 @@ class Machine(Protocol):
             num_blocks: blocks of ``kernel.num_threads`` threads.
             shared_bytes: dynamic shared memory of a block.
             stream: a torch.cuda.Stream or its integer handle; None is the current stream.
-            reads: every tensor that ``args`` points into and the kernel only reads.
-            writes: every tensor that ``args`` points into and the kernel writes.
+            reads: every tensor that ``args`` points into and the kernel only reads; None stands for no tensor.
+            writes: every tensor that ``args`` points into and the kernel writes; the same.
             meets_peers: peers launch something at the same time, and the kernels wait for each other. False: what this
                 one waits for comes from launches before it.
         """

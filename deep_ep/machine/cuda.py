@@ -60,6 +60,7 @@ class PinnedWords:
 class _LoadedKernel:
     """A kernel in this device's context, and the launch configurations it was given so far."""
 
+    kernel: jit.Kernel
     module: Any
     function: Any
     configs: dict[tuple[int, int, int], Any] = field(default_factory=dict)
@@ -80,7 +81,7 @@ class CudaMachine:
         do_together(self._look_at_host, self.all_gather_object, EPEnvironmentError)
         do_together(lambda: nccl.warm_up(group, self.device), self.all_gather_object)
         do_together(self._open_device, self.all_gather_object)
-        self._loaded: dict[jit.Kernel, _LoadedKernel] = {}
+        self._loaded: dict[int, _LoadedKernel] = {}  # by the kernel's id: to hash all that it holds takes long
         self._windows: list[CudaWindow] = []
         self._communicator = nccl.Communicator(group, self.device, environment, self.all_gather_object)
         self._closed = False
@@ -126,11 +127,11 @@ class CudaMachine:
         return PinnedWords(count)
 
     def prepare(self, kernels: Iterable[jit.Kernel]) -> None:
-        missing = [kernel for kernel in kernels if kernel not in self._loaded]
+        missing = [kernel for kernel in kernels if id(kernel) not in self._loaded]
         for kernel in missing:
             self._refuse_capture(f"kernel {kernel.name} is used for the first time and cannot be loaded")
         for kernel, built in zip(missing, jit.precompile(missing, self._toolchain_of), strict=True):
-            self._loaded[kernel] = self._load(kernel, built)
+            self._loaded[id(kernel)] = self._load(kernel, built)
 
     def _toolchain_of(self, kernel: jit.Kernel) -> jit.Toolchain:
         return jit.default_toolchain(kernel, self._architecture, self._environment)
@@ -143,7 +144,7 @@ class CudaMachine:
             static = self._call("cuFuncGetAttribute", attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
             most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self._call("cuFuncSetAttribute", function, most, self.shared_bytes_per_block - static)
-        return _LoadedKernel(module, function)
+        return _LoadedKernel(kernel, module, function)
 
     def launch(
         self,
@@ -153,17 +154,17 @@ class CudaMachine:
         num_blocks: int,
         shared_bytes: int,
         stream: Any,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
+        reads: Sequence[torch.Tensor | None],
+        writes: Sequence[torch.Tensor | None],
         meets_peers: bool = True,
     ) -> None:
         # The hot path: two dictionary look-ups, one pointer, one driver call.
         if not isinstance(args, kernel.args):
             raise TypeError(f"{kernel.name} takes a {kernel.args.__name__}, but args is a {type(args).__name__}")
-        loaded = self._loaded.get(kernel)
+        loaded = self._loaded.get(id(kernel))
         if loaded is None:
             self.prepare([kernel])
-            loaded = self._loaded[kernel]
+            loaded = self._loaded[id(kernel)]
         if stream is None:
             stream = torch.cuda.current_stream(self.device)
         handle = stream if isinstance(stream, int) else stream.cuda_stream
@@ -172,6 +173,8 @@ class CudaMachine:
         pointer = ctypes.c_void_p(ctypes.addressof(args))  # the only parameter; the driver copies what it points to
         parameters = ctypes.addressof(pointer)
         (status,) = self._driver.cuLaunchKernelEx(config, loaded.function, parameters, 0)
+        if status == 0:
+            return
         if status in (INVALID_CONTEXT, INVALID_HANDLE):
             # This thread has another device current, or none yet; the next launch from it will be on the short way.
             self._call("cuCtxSetCurrent", self._context)
@@ -193,10 +196,15 @@ class CudaMachine:
         return config
 
     def current_capture(self) -> int:
-        with torch.cuda.device(self.device):
-            if not torch.cuda.is_current_stream_capturing():
-                return 0
-            _, number, *_ = self._call("cuStreamGetCaptureInfo", torch.cuda.current_stream().cuda_stream)
+        if torch.cuda.current_device() != self.device.index:  # to ask is cheap, to enter the device's context is not
+            with torch.cuda.device(self.device):
+                return self._capture_of_current_device()
+        return self._capture_of_current_device()
+
+    def _capture_of_current_device(self) -> int:
+        if not torch.cuda.is_current_stream_capturing():
+            return 0
+        _, number, *_ = self._call("cuStreamGetCaptureInfo", torch.cuda.current_stream().cuda_stream)
         return int(number)
 
     def meet(self, what: str, limit_s: float | None = None) -> None:

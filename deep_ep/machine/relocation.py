@@ -44,8 +44,8 @@ class Request:
 def pack(
     kernel_name: str,
     args: ctypes.Structure,
-    reads: Sequence[torch.Tensor],
-    writes: Sequence[torch.Tensor],
+    reads: Sequence[torch.Tensor | None],
+    writes: Sequence[torch.Tensor | None],
     is_window: Callable[[int], bool],
 ) -> Request:
     """Collect the bytes that a launch works on, and note where the arguments point into them.
@@ -54,7 +54,8 @@ def pack(
         ValueError: a pointer leads to neither a tensor of reads or writes nor a window.
         TypeError: a tensor is not on the CPU.
     """
-    spans = merge([(*span_of(tensor), False) for tensor in reads] + [(*span_of(tensor), True) for tensor in writes])
+    tensors = [(tensor, False) for tensor in reads] + [(tensor, True) for tensor in writes]
+    spans = merge([(*span_of(tensor), writable) for tensor, writable in tensors if tensor is not None])
     starts = [start for start, _, _ in spans]
     names = ["memory"] * len(spans)
     pointers = []

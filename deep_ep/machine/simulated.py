@@ -234,8 +234,8 @@ class SimulatedMachine:
         num_blocks: int,
         shared_bytes: int,
         stream: Any,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
+        reads: Sequence[torch.Tensor | None],
+        writes: Sequence[torch.Tensor | None],
         meets_peers: bool = True,
     ) -> None:
         self._require_open()

@@ -84,17 +84,21 @@ class Routing(ctypes.Structure):
     ]
 
     @staticmethod
-    def of(topk_idx: torch.Tensor, num_experts: int, num_ranks: int, max_tokens: int) -> Routing:
+    def of(num_topk: int, num_experts: int, num_ranks: int, max_tokens: int) -> Routing:
+        """Without tokens; those come with ``take``."""
         return Routing(
-            topk_idx=topk_idx.data_ptr(),
-            num_tokens=topk_idx.shape[0],
-            num_topk=topk_idx.shape[1],
+            num_topk=num_topk,
             num_experts=num_experts,
             experts_per_rank=num_experts // num_ranks,
-            index_bytes=topk_idx.element_size(),
             max_tokens=max_tokens,
             ranks_per_expert=num_ranks / num_experts,
         )
+
+    def take(self, topk_idx: torch.Tensor) -> None:
+        """The experts of each token of this call."""
+        self.topk_idx = topk_idx.data_ptr()
+        self.num_tokens = topk_idx.shape[0]
+        self.index_bytes = topk_idx.element_size()
 
 
 class RecordShape(ctypes.Structure):
@@ -108,12 +112,13 @@ class RecordShape(ctypes.Structure):
 class Rows(ctypes.Structure):
     _fields_ = [("x", ctypes.c_void_p), ("stride", ctypes.c_int64)]
 
-    @staticmethod
-    def of(x: torch.Tensor) -> Rows:
-        return Rows(x.data_ptr(), x.stride(0) * x.element_size())
+    def take(self, x: torch.Tensor) -> None:
+        """The rows of this call."""
+        self.x = x.data_ptr()
+        self.stride = x.stride(0) * x.element_size()
 
 
-class PlanFlag(enum.IntFlag):
+class PlanFlag(enum.IntEnum):
     """What every rank must say alike of a call, beside its sizes (include/deep_ep/wire/plan.cuh)."""
 
     WEIGHTS = 1

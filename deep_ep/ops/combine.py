@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 from dataclasses import dataclass
 
 from deep_ep.jit import Kernel
@@ -70,6 +71,7 @@ class CombineArgs(ctypes.Structure):
     ]
 
 
+@functools.cache
 def combine_kernel(roles: RolesOfMachine, returned: Return) -> Kernel:
     """One kernel for all sizes; a launch's ``num_send_blocks`` says in how many blocks warps send."""
     division = combine_roles(roles, returned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,7 @@ class DispatchArgs(ctypes.Structure):
     ]
 
 
+@functools.cache
 def dispatch_kernel(roles: Roles, places_from: PlacesFrom) -> Kernel:
     """One kernel for all sizes; a launch's division (deep_ep/plan.py) says what its blocks do."""
     send, receive = roles.send, roles.receive

@@ -3,6 +3,7 @@ left, which is anything."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,16 @@ def _one_torch_thread() -> None:
 @pytest.fixture(params=ANYTHING, ids=hex)
 def _fresh_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a dispatch is to write places and counts, there is something already."""
-    new_empty = torch.Tensor.new_empty
 
-    def filled(self: torch.Tensor, *sizes: Any, **how: Any) -> torch.Tensor:
-        tensor = new_empty(self, *sizes, **how)
-        return tensor.fill_(request.param) if tensor.dtype == torch.int32 else tensor
+    def filling(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def filled(*like: Any, **how: Any) -> torch.Tensor:
+            tensor = allocate(*like, **how)
+            return tensor.fill_(request.param) if tensor.dtype == torch.int32 else tensor
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+        return filled
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filling(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", filling(torch.empty_like))
 
 
 @pytest.mark.usefixtures("_fresh_memory")

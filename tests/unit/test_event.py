@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deep_ep.event import CallOrder, EventHandle, EventOverlap, LastCall, looking
+from deep_ep.event import CallOrder, EventHandle, EventOverlap, Kept, LastCall, looking
 
 
 class Log:
@@ -48,8 +48,10 @@ class FakeEvent:
 class FakeTensor:
     """A tensor that notes who keeps it alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_contiguous: bool = True) -> None:
         self.streams: list[str] = []
+        self.is_contiguous = lambda: is_contiguous
+        self.contiguous = FakeTensor
 
     def record_stream(self, stream: FakeStream) -> None:
         self.streams.append(stream.name)
@@ -298,3 +300,71 @@ def test_tensors_live_until_both_streams_have_used_them(log: Log) -> None:
     written = FakeTensor()
     order_of(log, previous=EventHandle()).end([], [written])
     assert written.streams == ["compute"]
+
+
+def test_outputs_of_the_current_stream_need_no_word_about_it(log: Log) -> None:
+    written: Any = FakeTensor()
+    order = order_of(log, asynchronous=True)
+    with order.allocation(False):
+        pass
+    order.end([], [written])
+    assert written.streams == ["comm"]
+
+    written = FakeTensor()
+    order = order_of(log, asynchronous=True)
+    with order.allocation(True):
+        pass
+    order.end([], [written])
+    assert written.streams == ["compute", "comm"]
+
+
+def test_copies_are_made_where_they_are_needed_and_live_as_long(log: Log) -> None:
+    given: Any = FakeTensor()
+    strided: Any = FakeTensor(is_contiguous=False)
+    order = order_of(log, asynchronous=True)
+    assert order.contiguous(given) is given
+    assert order.contiguous(None) is None
+    assert log.lines == []
+    copy: Any = order.contiguous(strided)
+    assert log.lines == ["enter comm"]
+    with order.allocation(False):
+        pass
+    order.end([strided], [])
+    assert copy.streams == ["compute", "comm"]
+    assert strided.streams == ["comm"]
+
+
+def test_streams_are_told_once_of_what_a_handle_keeps(log: Log) -> None:
+    tensor: Any = FakeTensor()
+    kept, comm, other = Kept([tensor]), FakeStream("comm", log), FakeStream("other", log)
+
+    def call_on(stream: Any, capture: int = 0, **how: Any) -> EventOverlap:
+        tensor.streams.clear()
+        order = CallOrder(stream, how.get("previous"), how.get("asynchronous", True), how.get("keep", False))
+        order.begin(LastCall(), capture)
+        return order.end([], [], kept)
+
+    call_on(comm, asynchronous=False, previous=EventHandle())
+    assert tensor.streams == [], "the current stream waits for the call, and so does whoever gets the memory next"
+    assert call_on(comm, keep=True).extra_tensors == [tensor]
+    call_on(comm, capture=1)
+    assert tensor.streams == ["comm"]
+    call_on(comm)
+    assert tensor.streams == ["comm"], "what was told in a capture does not count"
+    call_on(comm)
+    assert tensor.streams == []
+    assert call_on(comm, keep=True).extra_tensors == [tensor]
+    call_on(comm, capture=1)
+    assert tensor.streams == ["comm"]
+    call_on(other)
+    assert tensor.streams == ["other"], "another buffer's"
+
+
+@pytest.mark.parametrize(("keep", "capture"), [(False, 0), (False, 1), (True, 0)])
+def test_outputs_that_are_kept(log: Log, keep: bool, capture: int) -> None:
+    """A handle knows whether the allocator was told."""
+    order = order_of(log, asynchronous=True, keep=keep)
+    order.begin(LastCall(), capture)
+    tensor: Any = FakeTensor()
+    order.end([], [tensor])
+    assert order.keep([tensor]).stream is (None if keep or capture else order.stream)

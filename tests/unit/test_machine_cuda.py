@@ -99,6 +99,7 @@ class FakeDriver:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> cuda.CudaMachine:
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(jit.builder, "build", lambda kernel, toolchain: SimpleNamespace(code=b"cubin"))
@@ -312,6 +313,24 @@ def test_captures_have_numbers(machine: cuda.CudaMachine, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0x99))
     assert machine.current_capture() == 41
+
+
+def test_a_capture_is_of_the_machines_device(machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is the current one."""
+    current = [1]
+
+    @contextlib.contextmanager
+    def within(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", within)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current == [0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0x99))
+    assert machine.current_capture() == 41
+    assert current == [1]
 
 
 def test_importing_loads_no_gpu_package() -> None:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "environment": {"errors"},
     "installation": {"errors"},
     "event": set(),
-    "handle": set(),
+    "handle": {"event"},
     "validate": PURE | {"environment", "event", "handle"},
     "jit": {"errors", "environment"},
     "machine": {"errors", "environment", "jit", "waiting"},

@@ -1,0 +1,147 @@
+"""What follows from a call's shape alone: worked out once, and kept by the endpoint for all calls of that shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from deep_ep import layout, plan
+from deep_ep.calls.endpoint import Endpoint, Launch
+from deep_ep.calls.received import Sizes
+from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing
+from deep_ep.ops.combine import CombineArgs, Combined, Results, Return, combine_kernel, combine_roles
+from deep_ep.ops.dispatch import DispatchArgs, Layout, Padding, PlacesFrom, Received, dispatch_kernel
+
+
+class DispatchShape(NamedTuple):
+    """All that a dispatch's plan follows from."""
+
+    num_tokens: int  # rounded up to what one block counts: so a plan serves batches of almost any size
+    row_bytes: int
+    num_scales: int
+    num_topk: int
+    num_experts: int
+    max_tokens: int
+    alignment: int
+    num_sms: int
+    has_weights: bool
+    has_handle: bool
+    expand: bool
+    zero_padding: bool
+
+    @property
+    def plan_flags(self) -> int:
+        """What every rank must say alike."""
+        weights = PlanFlag.WEIGHTS if self.has_weights else 0
+        scales = PlanFlag.SCALES if self.num_scales else 0
+        return weights | scales | (PlanFlag.CACHED if self.has_handle else 0)
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """How dispatches of one shape are launched."""
+
+    launch: Launch
+    whole: list[plan.Division]
+    """How blocks are divided in the launches of a call whose outputs are there: one, if there are blocks for both
+    halves."""
+    halves: list[plan.Division]
+    """The same where outputs have to wait for the counts: one launch for each half."""
+    worst: Sizes
+    """What comes if every rank sends all it may."""
+    args: DispatchArgs
+    """To be copied: what is the same in every call is set."""
+
+
+def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
+    """
+    Raises:
+        ValueError: the window does not hold what such a dispatch may send.
+    """
+    roles, num_ranks, limit = endpoint.roles.dispatch, endpoint.num_ranks, endpoint.shared_limit
+    record = layout.Record.of_dispatch(shape.row_bytes, shape.num_topk, shape.num_scales)
+    endpoint.require_room(shape.max_tokens, record)
+    memory = plan.plan_dispatch(roles, record, shape.num_experts, num_ranks, limit)
+    num_blocks, local_experts = endpoint.num_blocks(shape.num_sms), shape.num_experts // num_ranks
+    traffic = plan.Traffic.of(num_ranks, shape.num_topk, shape.expand)
+    halves = roles.halves(num_blocks, shape.num_tokens, traffic)
+    args = DispatchArgs(
+        window=endpoint.window_argument,
+        patience=endpoint.patience_argument,
+        routing=Routing.of(shape.num_topk, shape.num_experts, num_ranks, shape.max_tokens),
+        record=RecordShape.of(record),
+        received=Received(
+            stride=shape.row_bytes,
+            layout=Layout.EXPANDED if shape.expand else Layout.PLAIN,
+            padding=Padding.ZERO if shape.zero_padding else Padding.LEAVE,
+        ),
+        alignment=shape.alignment,
+        plan_flags=shape.plan_flags,
+        num_count_warps=plan.num_count_warps(roles, shape.num_experts, num_ranks, limit),
+        send_piece_bytes=memory.send.piece_bytes,
+        send_stage_bytes=memory.send.stage_bytes,
+        receive_piece_bytes=memory.receive.piece_bytes,
+        receive_stage_bytes=memory.receive.stage_bytes,
+        tables_bytes=memory.tables_bytes,
+    )
+    kernel = dispatch_kernel(roles, PlacesFrom.HANDLE if shape.has_handle else PlacesFrom.SELECTIONS)
+    return DispatchPlan(
+        launch=Launch(kernel, num_blocks, memory.shared_bytes),
+        whole=[roles.division(num_blocks, shape.num_tokens, traffic)] if num_blocks > 1 else halves,
+        halves=halves,
+        worst=Sizes.worst(shape.max_tokens, num_ranks, shape.num_topk, local_experts, shape.alignment),
+        args=args,
+    )
+
+
+class CombineShape(NamedTuple):
+    """All that a combine's plan follows from."""
+
+    row_bytes: int
+    num_topk: int
+    num_experts: int
+    max_tokens: int
+    num_sms: int
+    returned: Return
+    has_weights: bool
+
+    @property
+    def plan_flags(self) -> int:
+        """What every rank must say alike."""
+        every_row = PlanFlag.EVERY_ROW if self.returned is Return.EVERY_ROW else 0
+        return every_row | (PlanFlag.WEIGHTS if self.has_weights else 0)
+
+
+@dataclass(frozen=True)
+class CombinePlan:
+    """How combines of one shape are launched."""
+
+    launch: Launch
+    args: CombineArgs
+    """To be copied: what is the same in every call is set."""
+
+
+def plan_combine(endpoint: Endpoint, shape: CombineShape) -> CombinePlan:
+    """
+    Raises:
+        ValueError: the window does not hold what such a combine may send.
+    """
+    roles = combine_roles(endpoint.roles, shape.returned)
+    rows_of_token = shape.num_topk if shape.returned is Return.EVERY_ROW else None
+    record = layout.Record.of_combine(shape.row_bytes, 1 if rows_of_token else shape.num_topk)
+    endpoint.require_room(shape.max_tokens, record, rows_of_token)
+    ring = plan.plan_combine(roles, record, endpoint.shared_limit)
+    num_blocks = endpoint.num_blocks(shape.num_sms)
+    args = CombineArgs(
+        window=endpoint.window_argument,
+        patience=endpoint.patience_argument,
+        routing=Routing.of(shape.num_topk, shape.num_experts, endpoint.num_ranks, shape.max_tokens),
+        results=Results(record=RecordShape.of(record), num_topk=shape.num_topk),
+        combined=Combined(stride=shape.row_bytes),
+        plan_flags=shape.plan_flags,
+        num_send_blocks=roles.num_send_blocks(num_blocks),
+        piece_bytes=ring.piece_bytes,
+        stage_bytes=ring.stage_bytes,
+    )
+    shared_bytes = plan.mailboxes_bytes(roles.send) + ring.rings_bytes
+    return CombinePlan(Launch(combine_kernel(endpoint.roles, shape.returned), num_blocks, shared_bytes), args)
