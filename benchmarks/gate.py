@@ -7,6 +7,7 @@ run (ceilings.py), so a figure says what our code makes of a host, and not which
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,17 @@ def check_model(readings: list[list[Reading]], choice: int, within: float) -> Ve
         line = (
             f"{what}: {times[choice]:.1f} us with the model's {choice} SMs, {slower:.0%} above the best of the sweep "
         )
-        line += f"({times[best]:.1f} with {best}); {enough} are enough"
+        line += f"({times[best]:.1f} with {best}); {enough} are enough{fit(times)}"
         (failures if times[choice] > times[best] * (1 + within) else notes).append(line)
     if not failures and not notes:
         failures.append("nothing was swept: --sms and --decode-sms need several numbers")
     return Verdict(failures, notes)
+
+
+def fit(times: dict[int, float]) -> str:
+    """Fixed cost and work, by least squares over those numbers of SMs with which SMs are the limit, not the link."""
+    slow = {1 / sms: time for sms, time in times.items() if time > 1.1 * min(times.values())}
+    if len(slow) < 2:
+        return ""
+    work, fixed = statistics.linear_regression(list(slow), list(slow.values()))
+    return f"; where SMs are the limit about {fixed:.0f} us + {work:.0f} SM-us / SMs"

@@ -150,7 +150,7 @@ def test_model_within_a_sweep() -> None:
     assert verdict.failures == []
     assert verdict.notes == [
         "dispatch | 4096 tokens, eager: 121.2 us with the model's 22 SMs, 3% above the best of the sweep (117.2 with "
-        "48); 22 are enough"
+        "48); 22 are enough; where SMs are the limit about 40 us + 2101 SM-us / SMs"
     ]
 
 
@@ -163,6 +163,13 @@ def test_model_outside_of_a_sweep() -> None:
         "dispatch | 128 tokens, eager",
     ]
     assert "25% above the best of the sweep (113.1 with 48); 32 are enough" in verdict.failures[0]
+
+
+def test_fit() -> None:
+    """Only where the link is not the limit."""
+    times = {sms: max(35 + 2256 / sms, 112) for sms in (8, 16, 24, 32, 48, 96)}
+    assert gate.fit(times) == "; where SMs are the limit about 35 us + 2256 SM-us / SMs"
+    assert gate.fit({16: 130.0, 24: 112.0, 48: 111.0}) == ""
 
 
 def test_model_that_was_not_measured() -> None:
