@@ -102,6 +102,8 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(given)
     if arguments.iterations < 2:
         parser.error("--iterations must be 2 or more: one reading has no spread")
+    if arguments.write_reference and arguments.calls:
+        parser.error("--write-reference takes the place of all that a host had, so --calls must not leave any out")
     arguments.gates = bool(arguments.reference or arguments.write_reference)
     usual = SWEPT if arguments.check_model else GATED if arguments.gates else USUAL
     for name, sizes in usual.items():
@@ -208,6 +210,8 @@ def measure(
         times = stopwatch.times(known["mode"], ready, arguments.iterations)
         host = stopwatch.host(ready) if known["mode"] == "eager" else None
         report.add(Reading.of(times, host=host, **known))
+    if arguments.json and dist.get_rank() == 0:  # whatever becomes of the second pass
+        report.write_json(arguments.json)
     if arguments.no_kernels or arguments.gates or arguments.check_model:
         return
     for i, (known, ready) in enumerate(cases(arguments, buffer, ceilings, device)):
@@ -218,7 +222,7 @@ def finish(arguments: argparse.Namespace, report: Report, choice: int) -> bool:
     """Say and write what was found; returns whether something is worse than it may be. ``choice``: the model's SMs."""
     if dist.get_rank() != 0:
         return False
-    if arguments.json:
+    if arguments.json:  # with the kernels
         report.write_json(arguments.json)
     report.print()
     if arguments.plot:
@@ -239,7 +243,8 @@ def finish(arguments: argparse.Namespace, report: Report, choice: int) -> bool:
 
 def tell(what: str, verdict: gate.Verdict) -> list[str]:
     print(f"{what}: {f'{len(verdict.failures)} FAILED' if verdict.failures else 'OK'}")
-    print(*[f"  {note}" for note in verdict.notes], *[f"  FAILED {line}" for line in verdict.failures], sep="\n")
+    for line in [*verdict.notes, *(f"FAILED {failure}" for failure in verdict.failures)]:
+        print(f"  {line}")
     return verdict.failures
 
 

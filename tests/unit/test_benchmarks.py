@@ -319,6 +319,7 @@ def test_the_model_by_its_option(calls: None, buffer: ElasticBuffer, capsys: pyt
         (["--sms", "24,0"], "invalid numbers value"),
         (["--iterations", "1"], "one reading has no spread"),
         (["--prefill", "", "--trace", "a.json"], "--prefill must not be empty"),
+        (["--write-reference", "a.json", "--calls", "combine"], "--calls must not leave any out"),
         (["--prefill", "", "--decode", ""], "--prefill must not be empty"),
     ],
 )
