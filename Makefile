@@ -1,9 +1,10 @@
-# Five commands, of which each first makes what it lacks: demo, train, test, lint, bench.
+# Six commands, of which each first makes what it lacks: demo, train, test, lint, bench, bench-check.
 PYTHON ?= python3
 RANKS ?= 4
 BIN := .venv/bin
+BENCH := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node gpu -m benchmarks.ep
 
-.PHONY: demo train test lint bench venv tools toolkits plots
+.PHONY: demo train test lint bench bench-check bench-reference bench-model venv tools toolkits plots
 
 # A mixture-of-experts layer over RANKS ranks: on GPUs if there are enough, else simulated.
 demo: venv
@@ -26,7 +27,19 @@ lint: tools
 
 # Speed, on a host with GPUs.
 bench: plots
-	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node gpu -m benchmarks.ep
+	$(BENCH)
+
+# Fails if a call has become 10 % slower than the committed reference says, as a multiple of the floor of the same run.
+bench-check: plots
+	$(BENCH) --reference benchmarks/reference.json
+
+# Makes the reference's part for hosts of this kind; to be committed with what made it change.
+bench-reference: plots
+	$(BENCH) --write-reference benchmarks/reference.json
+
+# Fails if a call with as many SMs as the model says is 5 % slower than with the best number.
+bench-model: plots
+	$(BENCH) --check-model
 
 venv: .venv/ready
 tools: .venv/tools-ready

@@ -1,14 +1,20 @@
-"""Readings of all ranks: a table on the terminal, JSON, a plot, and a comparison with earlier ones."""
+"""Readings of all ranks: a table on the terminal, JSON, a plot."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+WIDTH = 178  # columns of the table
+CAPTION = """\
+Microseconds. End to end: median (quartiles) of each rank, or of the slowest of many; all else: of the worst rank.
+Kernels: of this package, by the profiler. SM-us: SMs x time that kernels hold them. MB: sent over the link by one rank.
+Of link: part of its ceiling. x floor: end to end, over a barrier and those bytes at the ceiling. Host: of the CPU."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,9 @@ class Reading:
     high: float
     link_bytes: int
     ceiling: float  # of the time: what these bytes take at the link's ceiling
-    host: float
+    floor: float  # a barrier and that (ceilings.py)
+    host: float | None  # a graph's replay is not the host's work
+    kernels: tuple[float, ...] = ()  # of this package, in the order of their launches; none: not looked at
 
     @property
     def gbs(self) -> float:
@@ -37,13 +45,28 @@ class Reading:
         return self.ceiling / self.median
 
     @property
-    def key(self) -> str:
-        return f"{self.name} | {self.tokens} tokens | {self.mode} | {self.sms} SMs"
+    def times_floor(self) -> float:
+        return self.median / self.floor
+
+    @property
+    def sm_us(self) -> float:
+        """SM-microseconds: SMs, times how long kernels hold them, waiting included. Where kernels were not looked at
+        the whole call counts, which is a little more."""
+        return self.sms * (sum(self.kernels) or self.median)
+
+    @property
+    def shape(self) -> str:
+        return f"{self.tokens} tokens, {self.mode}, {self.sms} SMs" if self.tokens else self.mode
 
     @staticmethod
     def of(times: list[float], **known: Any) -> Reading:
         low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
         return Reading(median=median, low=low, high=high, **known)
+
+
+def slowest(everyone: list[Reading]) -> Reading:
+    """The rank that a layer waits for."""
+    return max(everyone, key=lambda reading: reading.median)
 
 
 class Report:
@@ -54,85 +77,116 @@ class Report:
         self.readings: list[list[Reading]] = []  # of all ranks each
 
     def add(self, mine: Reading) -> None:
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+        everyone = gathered(mine)
         self.readings.append(everyone)
         if dist.get_rank() == 0:  # a run that is cut off has said what it saw
-            print(f"{mine.key}: {' / '.join(f'{each.median:.1f}' for each in everyone)} us", flush=True)
+            medians = " / ".join(f"{each.median:.1f}" for each in everyone)
+            print(f"{mine.name} | {mine.shape}: {medians} us", flush=True)
+
+    def add_kernels(self, idx: int, mine: list[float]) -> None:
+        """Of the call that was added as number ``idx``."""
+        ranks = zip(self.readings[idx], gathered(tuple(mine)), strict=True)
+        self.readings[idx] = [replace(reading, kernels=kernels) for reading, kernels in ranks]
 
     def print(self) -> None:
         from rich.console import Console
+
+        Console(width=WIDTH).print(self.table())
+
+    def table(self) -> Any:
         from rich.table import Table
 
         table = Table(
-            title=self.title, caption="median (quartiles) of all ranks, in microseconds", title_justify="left"
+            title=self.title,
+            caption=CAPTION,
+            title_justify="left",
+            caption_justify="left",
         )
-        for column in ("call", "tokens", "mode", "SMs", "end to end", "SM-us", "GB/s", "of ceiling", "host"):
+        columns = "call, tokens, mode, SMs, end to end, kernels, SM-us, MB, GB/s, of link, x floor, host"
+        for column in columns.split(", "):
             table.add_column(column, justify="left" if column in ("call", "mode") else "right", no_wrap=True)
         for each in self.readings:
-            first = each[0]
-            table.add_row(
-                first.name,
-                str(first.tokens),
-                first.mode,
-                str(first.sms),
-                " / ".join(f"{r.median:.1f} ({r.low:.1f}-{r.high:.1f})" for r in each),
-                f"{max(r.median for r in each) * first.sms:,.0f}",
-                f"{min(r.gbs for r in each):.0f}",
-                f"{min(r.ratio for r in each):.0%}",
-                f"{max(r.host for r in each):.0f}",
-            )
-        Console(width=150).print(table)
+            table.add_row(*cells(each))
+        return table
 
     def write_json(self, path: Path) -> None:
-        readings = [asdict(reading) for each in self.readings for reading in each]
+        """Readings with what follows from them, so that nobody has to work it out again."""
+        readings = [
+            {**asdict(r), "gbs": r.gbs, "ratio": r.ratio, "times_floor": r.times_floor, "sm_us": r.sm_us}
+            for each in self.readings
+            for r in each
+        ]
         path.write_text(json.dumps({"facts": self.facts, "readings": readings}, indent=1))
 
     def write_plot(self, path: Path) -> None:
-        """Time against SMs, a line a call, with the link's ceiling; one panel for each number of tokens."""
+        """Time against SMs where there are several, else against tokens; a line a call, its floor dotted."""
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        slowest = [max(each, key=lambda reading: reading.median) for each in self.readings]
-        panels = sorted({(r.tokens, r.mode) for r in slowest})
+        panels = panels_of([slowest(each) for each in self.readings])
         figure, axes = pyplot.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 5), squeeze=False)
-        for axis, (tokens, mode) in zip(axes[0], panels, strict=True):
-            here = [r for r in slowest if (r.tokens, r.mode) == (tokens, mode)]
-            for i, name in enumerate(dict.fromkeys(r.name for r in here)):
-                line = sorted((r for r in here if r.name == name), key=lambda r: r.sms)
-                sms = [r.sms for r in line]
-                axis.plot(sms, [r.median for r in line], marker="o", color=f"C{i}", label=name)
-                axis.plot(sms, [r.ceiling for r in line], linestyle=":", color=f"C{i}")
-            axis.set(
-                title=f"{tokens} tokens a rank, {mode}", xlabel="SMs, all in", ylabel="microseconds", ylim=(0, None)
-            )
+        for axis, (title, along, readings) in zip(axes[0], panels, strict=True):
+            for i, name in enumerate(dict.fromkeys(r.name for r in readings)):
+                line = sorted((r for r in readings if r.name == name), key=lambda r: getattr(r, along))
+                x = [getattr(r, along) for r in line]
+                axis.plot(x, [r.median for r in line], marker="o", color=f"C{i}", label=name)
+                axis.plot(x, [r.floor for r in line], linestyle=":", color=f"C{i}")
+            ticks = sorted({getattr(r, along) for r in readings})
+            if along == "tokens":
+                axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+            axis.set(title=title, xlabel={"sms": "SMs, all in", "tokens": "tokens a rank"}[along], ylim=(0, None))
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
-        figure.suptitle(f"{self.title}; dotted: the link's ceiling")
+        axes[0][0].set_ylabel("microseconds, end to end")
+        figure.suptitle(f"{self.title}; dotted: the floor")
         figure.tight_layout()
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
 
 
-def drifted(path: Path, reference: Path, tolerance: float) -> list[str]:
-    """Readings whose ratio to the ceiling is worse than in ``reference`` by more than ``tolerance``, in words.
+def gathered(mine: Any) -> list[Any]:
+    """One of each rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
-    Both files are what Report.write_json writes. A reading that only the reference has counts too.
-    """
 
-    def ratios(file: Path) -> dict[str, float]:
-        worst: dict[str, float] = {}
-        for fields in json.loads(file.read_text())["readings"]:
-            reading = Reading(**fields)
-            worst[reading.key] = min(reading.ratio, worst.get(reading.key, reading.ratio))
-        return worst
+def cells(everyone: list[Reading]) -> list[str]:
+    """A row of the table."""
+    first, worst = everyone[0], slowest(everyone)
+    shown = everyone if len(everyone) <= 2 else [worst]
+    hosts = [r.host for r in everyone if r.host is not None]
+    crosses = first.link_bytes > 0
+    return [
+        first.name,
+        str(first.tokens or "-"),
+        first.mode,
+        str(first.sms),
+        " / ".join(f"{r.median:.1f} ({r.low:.1f}-{r.high:.1f})" for r in shown),
+        " + ".join(f"{took:.1f}" for took in max((r.kernels for r in everyone), key=sum)) or "-",
+        f"{max(r.sm_us for r in everyone):,.0f}",
+        f"{max(r.link_bytes for r in everyone) / 1e6:.1f}" if crosses else "-",
+        f"{min(r.gbs for r in everyone):.0f}" if crosses else "-",
+        f"{min(r.ratio for r in everyone):.0%}" if crosses else "-",
+        f"{max(r.times_floor for r in everyone):.2f}",
+        f"{max(hosts):.0f}" if hosts else "-",
+    ]
 
-    now, found = ratios(path), []
-    for key, before in ratios(reference).items():
-        if key not in now:
-            found.append(f"{key}: not measured; the reference has {before:.1%} of the ceiling")
-        elif now[key] < before * (1 - tolerance):
-            found.append(f"{key}: {now[key]:.1%} of the ceiling, {before:.1%} in the reference")
-    return found
+
+def panels_of(readings: list[Reading]) -> list[tuple[str, str, list[Reading]]]:
+    """(title, what the x axis is, readings): one panel for each batch that was swept over SMs, and one for each mode
+    and number of SMs of all others."""
+    panels: dict[tuple[str, str], list[Reading]] = {}
+    for reading in readings:
+        if reading.tokens == 0:
+            continue
+        swept = {r.sms for r in readings if (r.tokens, r.mode) == (reading.tokens, reading.mode)}
+        if len(swept) > 1:
+            key = f"{reading.tokens} tokens a rank, {reading.mode}", "sms"
+        else:
+            key = f"{reading.sms} SMs, {reading.mode}", "tokens"
+        panels.setdefault(key, []).append(reading)
+    return [(title, along, found) for (title, along), found in panels.items()]

@@ -48,7 +48,9 @@ racecheck   sanitizers 240
 synccheck   sanitizers 240
 initcheck   sanitizers 240
 repeat      speed      150
-bench       speed      240
+bench       speed      420
+bench_check speed      180
+bench_model speed      300
 '
 
 ranks() { # ranks N ARGUMENT...: torchrun with N ranks
@@ -121,6 +123,11 @@ step_synccheck() { sanitize synccheck; }
 step_initcheck() { sanitize initcheck; }
 step_repeat() { ranks 2 -m benchmarks.ep --repeat 200; }
 step_bench() { ranks 2 -m benchmarks.ep --json "$logs/bench.json"; }
+step_bench_check() { # against the committed reference; a new one, to be committed if it is right, stays in the logs
+  cp benchmarks/reference.json "$logs"
+  ranks 2 -m benchmarks.ep --reference benchmarks/reference.json --write-reference "$logs/reference.json"
+}
+step_bench_model() { ranks 2 -m benchmarks.ep --check-model --json "$logs/bench_model.json"; }
 
 known() { awk -v what="$1" 'NF && (what == "" || $1 == what || $2 == what)' <<<"$STEPS"; } # lines of STEPS
 limit_of() { awk -v step="$1" '$1 == step { print $3 }' <<<"$STEPS"; }
@@ -203,10 +210,10 @@ for version in "${versions[@]}"; do
       tail -c "+$log_start" "$log" | tail -n "$num_lines"
       shorten "$log_start"
     fi
-    table+=("$(printf '%-10s %-8s %-12s %4d s' "$step" "$version" "$verdict" $((SECONDS - started)))")
+    table+=("$(printf '%-11s %-8s %-12s %4d s' "$step" "$version" "$verdict" $((SECONDS - started)))")
   done
 done
 
-printf '\n%-10s %-8s %-12s %6s\n' step NCCL result time
+printf '\n%-11s %-8s %-12s %6s\n' step NCCL result time
 printf '%s\n' "${table[@]}" "full log: $log"
 exit "$failed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -111,6 +112,34 @@ def test_size_hint_grows_with_every_setting(num_ranks: int, tokens: int, hidden:
     assert window_bytes(num_ranks, tokens, hidden + 8, num_topk) >= base
     assert window_bytes(num_ranks, tokens, hidden, 0) >= base
     assert window_bytes(num_ranks, tokens, hidden, MAX_TOPK) == window_bytes(num_ranks, tokens, hidden, 0)
+
+
+def test_protocol_md_shows_what_a_window_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its snippet prints what stands below it."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "protocol.md").read_text()
+    ((code, promised),) = re.findall(
+        r"^```python\n(from deep_ep\.layout.*?)^```\n\n```text\n(.*?)^```", page, re.M | re.S
+    )
+    exec(code, {})
+    assert capsys.readouterr().out == promised
+    assert "So 55% and 91%." in page
+    assert [round(100 * ratio_to_slots(num_ranks)) for num_ranks in (2, 8)] == [55, 91]
+    smaller = window_bytes(2, 4096, 7168, 8, allow_multiple_reduction=False)
+    assert smaller == window_bytes(8, 4096, 7168, 8, allow_multiple_reduction=False)
+    assert f"`M x K` records, {smaller / 1e6:.0f} MB" in page
+
+
+def ratio_to_slots(num_ranks: int, num_max_tokens: int = 4096, hidden: int = 7168) -> float:
+    """Our window to R x M slots that hold nothing but a row of bfloat16."""
+    return window_bytes(num_ranks, num_max_tokens, hidden, num_topk=8) / (num_ranks * num_max_tokens * 2 * hidden)
+
+
+@given(num_ranks=st.integers(2, 16), num_max_tokens=st.integers(4096, 16384), hidden=st.integers(28, 64))
+def test_a_window_is_smaller_than_a_slot_for_every_token_of_every_rank(
+    num_ranks: int, num_max_tokens: int, hidden: int
+) -> None:
+    """Prefill, rows of 7 KiB and more; marks and partial counts weigh more in smaller windows."""
+    assert ratio_to_slots(num_ranks, num_max_tokens, 128 * hidden) < 1
 
 
 def test_a_usual_size() -> None:
