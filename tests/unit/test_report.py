@@ -13,5 +13,5 @@ from benchmarks.report import Reading
 def test_quartiles(times: list[float], expected: tuple[float, float, float]) -> None:
     """Of one time too: --iterations 1."""
     known = {"name": "dispatch", "tokens": 8, "mode": "eager", "sms": 4, "rank": 0}
-    reading = Reading.of(times, **known, link_bytes=1000, ceiling=1.0, host=1.0)
+    reading = Reading.of(times, **known, link_bytes=1000, ceiling=1.0, floor=1.0, host=1.0)
     assert (reading.low, reading.median, reading.high) == expected
