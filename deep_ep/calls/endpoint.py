@@ -255,7 +255,7 @@ class Endpoint:
     def _check_fault(self) -> None:
         """Raise what kernels have recorded, or log which of them have waited long."""
         try:
-            check_fault(self._fault.tensor, self.rank)
+            check_fault(self._fault.tensor, self.rank, self.machine.gone)
         except EPError as error:
             self._broken = f"an earlier call failed ({error})"
             raise
