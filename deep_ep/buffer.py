@@ -17,6 +17,7 @@ from deep_ep.calls.dispatch import AskedDispatch, DispatchResult, TokensOrPair, 
 from deep_ep.calls.endpoint import Endpoint
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.handle import EPHandle
+from deep_ep.later import Later
 from deep_ep.machine import backends_of
 
 logger = logging.getLogger("deep_ep")
@@ -49,7 +50,7 @@ def get_logical_domain_size(group: dist.ProcessGroup, allow_hybrid_mode: bool = 
     return get_physical_domain_size(group)
 
 
-class ElasticBuffer:
+class ElasticBuffer(Later):
     """The memory and the kernels with which the ranks of a group exchange tokens.
 
     Building one is collective over ``group``, which may be a subgroup of the world. One buffer serves any hidden size,

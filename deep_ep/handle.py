@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
 
-@dataclass
+@dataclass(init=False)
 class EPHandle:
     """Where every token of one dispatch went. Only ``do_expand`` may be set by the caller.
 
@@ -51,11 +52,23 @@ class EPHandle:
     """Global ranks of the group; a buffer of another group refuses the handle."""
     rank: int = field(repr=False)
 
+    def __init__(self, **values: Any) -> None:
+        """Every field by name. The package alone makes handles, one in most calls: so in one go, past __setattr__."""
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED:
+            raise AttributeError(f"{name} of an EPHandle cannot be set: it says what a dispatch did; do_expand can be")
+        object.__setattr__(self, name, value)
+
     def turn_to(self, do_expand: bool) -> None:
         """A dispatch has used the handle for this layout: what depends on it follows."""
-        self.do_expand = do_expand
-        self.psum_num_recv_tokens_per_expert = self.per_expert_end if do_expand else self.per_expert_aligned
+        ends = self.per_expert_end if do_expand else self.per_expert_aligned
+        self.__dict__.update(do_expand=do_expand, psum_num_recv_tokens_per_expert=ends)
 
     @property
     def num_topk(self) -> int:
         return int(self.topk_idx.shape[1])
+
+
+_FIXED = frozenset(each.name for each in fields(EPHandle)) - {"do_expand"}

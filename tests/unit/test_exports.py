@@ -11,7 +11,9 @@ import torch
 
 import deep_ep
 import deep_ep.utils
-from deep_ep import ElasticBuffer
+from deep_ep import ElasticBuffer, autograd
+from deep_ep.later import STATIC
+from tests.unit.fake_machine import dispatch
 
 REQUIRED = inspect.Parameter.empty
 
@@ -170,3 +172,44 @@ def test_handle_attributes() -> None:
         "recv_src_metadata",
         "dst_buffer_slot_idx",
     } <= set(fields)
+
+
+def test_of_a_handle_only_do_expand_may_be_set(buffer: ElasticBuffer) -> None:
+    handle = dispatch(buffer, do_cpu_sync=False)
+    ends = handle.psum_num_recv_tokens_per_expert
+    handle.do_expand = True
+    assert handle.psum_num_recv_tokens_per_expert is ends, "it belongs to the dispatch"
+    for name in handle.__dataclass_fields__.keys() - {"do_expand"}:
+        before = getattr(handle, name)
+        with pytest.raises(AttributeError, match=f"{name} of an EPHandle cannot be set"):
+            setattr(handle, name, None)
+        assert getattr(handle, name) is before
+    handle.turn_to(True)
+    assert handle.psum_num_recv_tokens_per_expert is handle.per_expert_end
+
+
+def test_a_handle_is_whole(buffer: ElasticBuffer) -> None:
+    """Its constructor takes what it is given; whoever makes one gives all."""
+    handle = dispatch(buffer, do_cpu_sync=False)
+    assert vars(handle).keys() == handle.__dataclass_fields__.keys()
+    route = autograd.Route.of(handle).handle(buffer, do_expand=False)
+    assert vars(route).keys() == handle.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_hints_that_are_not_there_yet(name: str) -> None:
+    """As static methods, which need no buffer."""
+    with pytest.raises(NotImplementedError, match=rf"ElasticBuffer\.{name} is not there yet; README"):
+        getattr(ElasticBuffer, name)(1, hidden=2)
+
+
+@pytest.mark.parametrize("name", ["engram_write", "pp_send", "create_agrs_session", "agrs_set_config", "all_gather"])
+def test_methods_that_are_not_there_yet(buffer: ElasticBuffer, name: str) -> None:
+    with pytest.raises(NotImplementedError, match=rf"ElasticBuffer\.{name} is not there yet; README"):
+        getattr(buffer, name)(torch.zeros(1), num_sms=4)
+
+
+def test_what_nobody_has_is_no_attribute(buffer: ElasticBuffer) -> None:
+    assert not hasattr(buffer, "low_latency_dispatch")
+    with pytest.raises(AttributeError, match="'ElasticBuffer' object has no attribute 'dispatsch'"):
+        buffer.dispatsch  # noqa: B018
