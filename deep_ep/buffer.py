@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import layout, plan, validate
+from deep_ep.calls import dropped
 from deep_ep.calls.agreement import Settings
 from deep_ep.calls.combine import AskedCombine, CombineResult, check_combine, run_combine
 from deep_ep.calls.dispatch import AskedDispatch, DispatchResult, TokensOrPair, check_dispatch, run_dispatch
@@ -352,16 +353,21 @@ class ElasticBuffer(Later):
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing.
 
-        An earlier failure that nobody was told of yet is logged, not raised: it must not hide an error on its way.
+        An earlier failure that nobody was told of yet is logged, not raised: it must not hide an error on its way. In a
+        forked child it does nothing: the memory is the parent's.
         """
-        self._end().destroy()
+        endpoint = self._end()
+        if not endpoint.owner.is_elsewhere:
+            endpoint.destroy()
 
     def __del__(self) -> None:
         # No collective step here, and nothing that a CUDA graph being captured, on any thread, could trip over.
         endpoint = getattr(self, "_endpoint", None)
         if endpoint is None or endpoint.closed:
             return
-        if self.explicitly_destroy:
+        if endpoint.owner.is_elsewhere:
+            dropped.ABANDONED.append(endpoint)
+        elif self.explicitly_destroy:
             logger.warning("a buffer of rank %d was dropped without destroy(); its memory stays", self.rank_idx)
             endpoint.keep_for_good()
         else:

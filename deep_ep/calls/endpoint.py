@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deep_ep import environment, installation, jit, layout, plan, validate
 from deep_ep.calls import dropped
 from deep_ep.calls.agreement import Settings, agree_to_build
+from deep_ep.calls.owner import Owner
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
 from deep_ep.event import CallOrder, EventHandle, LastCall, Timing, looking
 from deep_ep.handle import EPHandle
@@ -54,6 +55,7 @@ class Endpoint:
         self.topology = Topology(self.num_ranks, self.rank, self.num_ranks)
         require_one_domain(self.topology, layout.MAX_RANKS)
         self.layout = layout.window_layout(self.num_ranks, settings.num_bytes)
+        self.owner = Owner()
         self._cpu_timeout = cpu_timeout
         self._broken: str | None = None
         self._has_launched = False  # in the call under way
@@ -109,6 +111,7 @@ class Endpoint:
         """This endpoint, or the reason why it can do nothing more."""
         if self.closed:
             raise ValueError("this buffer was destroyed; build a new ElasticBuffer")
+        self.owner.require_here()
         if dropped.PARKED:
             dropped.free_parked()
         if self._broken is None:

@@ -77,11 +77,26 @@ def the_host_is_interrupted(group: dist.ProcessGroup) -> None:
     the_host_goes(group, leave)
 
 
+def a_child_drops_it(group: dist.ProcessGroup) -> None:
+    """A forked one, like a data loader's worker: the buffer stays the parent's."""
+    buffer = build(group)
+    child = os.fork()
+    if child == 0:
+        del buffer
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    dist.barrier(group)
+    buffer.barrier()
+    buffer.destroy()
+
+
 LIVES: tuple[Callable[[dist.ProcessGroup], None], ...] = (
     dropped_as_soon_as_a_call_returns,
     the_host_drops_it,
     the_host_destroys_it,
     the_host_is_interrupted,
+    a_child_drops_it,
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -195,3 +197,30 @@ def test_closing_hides_no_error(machine: FakeMachine, monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "close", fail)
     with pytest.raises(EPError, match="does not compile"):
         build()
+
+
+# In a forked child
+
+
+@pytest.mark.parametrize("launches_finish", [True, False], ids=["simulated", "cuda"])
+def test_a_forked_child_frees_nothing(machine: FakeMachine, launches_finish: bool) -> None:
+    """Neither what it has a copy of, nor what the parent has parked; and it cannot call."""
+    machine.launches_finish = launches_finish
+    buffer, other = build(), build()
+    if not launches_finish:
+        del other
+        gc.collect()
+    child = os.fork()
+    if child == 0:
+        problem = 1
+        with contextlib.suppress(BaseException):
+            with pytest.raises(ValueError, match="of which this one is a fork: it cannot be used here"):
+                dispatch(buffer)
+            buffer.destroy()
+            del buffer
+            gc.collect()
+            dropped.free_parked()
+            problem = machine.num_closed + machine.num_meetings + int(machine.window.closed)
+        os._exit(problem)
+    assert os.waitpid(child, 0)[1] == 0
+    dispatch(buffer, do_cpu_sync=False)
