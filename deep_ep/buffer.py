@@ -6,6 +6,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -359,6 +360,19 @@ class ElasticBuffer(Later):
         endpoint = self._end()
         if not endpoint.owner.is_elsewhere:
             endpoint.destroy()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an ElasticBuffer cannot be copied or pickled: it is this process's end of what all ranks have built "
+            "together; share the one, or build another on every rank. In a module that is copied or saved, keep it "
+            "outside of what is (a global, or a __deepcopy__ or __getstate__ that leaves it out)"
+        )
+
+    def __copy__(self) -> NoReturn:
+        self.__reduce__()
+
+    def __deepcopy__(self, _: Any) -> NoReturn:
+        self.__reduce__()
 
     def __del__(self) -> None:
         # No collective step here, and nothing that a CUDA graph being captured, on any thread, could trip over.
