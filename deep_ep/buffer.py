@@ -73,6 +73,8 @@ class ElasticBuffer(Later):
 
     The other settings are accepted as DeepEP V2 has them; results are deterministic whatever ``deterministic`` says.
 
+    Threads may share a buffer: a call waits until that of another thread has returned.
+
     Raises:
         ValueError, TypeError: an argument.
         EPEnvironmentError, EPTopologyError, EPCompileError: this host or this group cannot run the kernels.
@@ -286,8 +288,8 @@ class ElasticBuffer(Later):
             timing=timing,
         )
         request = check_dispatch(endpoint, asked)
-        with endpoint.named("dispatch"):
-            return run_dispatch(endpoint, request)
+        with endpoint.owner.turn, endpoint.named("dispatch"):
+            return run_dispatch(endpoint.usable(), request)
 
     def combine(
         self,
@@ -330,8 +332,8 @@ class ElasticBuffer(Later):
         )
         asked = AskedCombine(x, handle, topk_weights, bias, num_sms, timing, self.allow_multiple_reduction)
         request = check_combine(endpoint, asked)
-        with endpoint.named("combine"):
-            return run_combine(endpoint, request)
+        with endpoint.owner.turn, endpoint.named("combine"):
+            return run_combine(endpoint.usable(), request)
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """What is queued after this waits until every rank has finished what it had queued before. Collective.
@@ -348,8 +350,8 @@ class ElasticBuffer(Later):
                 what is known by now, with ``with_cpu_sync`` everything.
         """
         endpoint = self._usable()
-        with endpoint.named("barrier"):
-            endpoint.barrier(use_comm_stream, with_cpu_sync)
+        with endpoint.owner.turn, endpoint.named("barrier"):
+            endpoint.usable().barrier(use_comm_stream, with_cpu_sync)
 
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing.
@@ -359,7 +361,8 @@ class ElasticBuffer(Later):
         """
         endpoint = self._end()
         if not endpoint.owner.is_elsewhere:
-            endpoint.destroy()
+            with endpoint.owner.turn:
+                endpoint.destroy()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

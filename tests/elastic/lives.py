@@ -91,12 +91,33 @@ def a_child_drops_it(group: dist.ProcessGroup) -> None:
     buffer.destroy()
 
 
+def threads_share_it(group: dist.ProcessGroup) -> None:
+    """One of them calls at a time."""
+    buffer, problems = build(group), list[BaseException]()
+
+    def run() -> None:
+        try:
+            for _ in range(20):
+                buffer.barrier()
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems
+    buffer.destroy()
+
+
 LIVES: tuple[Callable[[dist.ProcessGroup], None], ...] = (
     dropped_as_soon_as_a_call_returns,
     the_host_drops_it,
     the_host_destroys_it,
     the_host_is_interrupted,
     a_child_drops_it,
+    threads_share_it,
 )
 
 
