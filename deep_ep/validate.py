@@ -263,6 +263,26 @@ def biases(value: Any, num_tokens: int, hidden: int, device: torch.device) -> li
     return list(pair)
 
 
+def agrees_with_handle(handle: EPHandle, topk_idx: Any, **given: Any) -> None:
+    """A call by a handle is given nothing that its dispatch knows otherwise.
+
+    Args:
+        given: what the handle knows too, by its name there; None is left out.
+    """
+    if topk_idx is not None:
+        raise ValueError("topk_idx and handle were both given; a handle holds the selections: leave topk_idx out")
+    for name, value in given.items():
+        if value is not None and value != (known := getattr(handle, name)):
+            raise ValueError(f"{name} is {value} but the handle's dispatch had {known}; leave it out, or pass the same")
+
+
+def is_flag(name: str, value: Any) -> bool:
+    """True or False, NumPy's among them; not what only counts as one of them."""
+    if value is not True and value is not False and type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} must be True or False, but it is {value!r}")
+    return bool(value)
+
+
 def is_timing(timing: Timing) -> None:
     is_event("previous_event", timing.previous_event)
     is_event("previous_event_before_epilogue", timing.previous_event_before_epilogue)

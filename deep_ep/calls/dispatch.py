@@ -138,12 +138,13 @@ def _check_new_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: int
 
 def _check_known_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: int) -> RoutingRequest:
     handle = endpoint.own_handle(asked.handle)
-    if asked.topk_idx is not None:
-        raise ValueError("topk_idx and handle were both given; a handle holds the selections: leave topk_idx out")
-    for name in ("num_experts", "num_max_tokens_per_rank", "expert_alignment"):
-        given, known = getattr(asked, name), getattr(handle, name)
-        if given is not None and given != known:
-            raise ValueError(f"{name} is {given} but the handle's dispatch had {known}; leave it out, or pass the same")
+    validate.agrees_with_handle(
+        handle,
+        asked.topk_idx,
+        num_experts=asked.num_experts,
+        num_max_tokens_per_rank=asked.num_max_tokens_per_rank,
+        expert_alignment=asked.expert_alignment,
+    )
     dispatched = handle.topk_idx.shape[0]
     if num_tokens != dispatched:
         raise ValueError(f"x has {num_tokens} tokens but the handle's dispatch had {dispatched}; pass as many")
