@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-@dataclass(init=False)
+@dataclass(init=False, eq=False)
 class EPHandle:
     """Where every token of one dispatch went. Only ``do_expand`` may be set by the caller.
 

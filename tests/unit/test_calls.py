@@ -192,6 +192,14 @@ def test_attributes(buffer: ElasticBuffer) -> None:
     assert buffer.num_allocated_qps == buffer.get_theoretical_num_qps(24) == 0
 
 
+def test_handles_are_themselves_and_nothing_else(buffer: ElasticBuffer) -> None:
+    """Their tensors could not be compared with ==; and whoever keeps them by layer wants to hash them."""
+    one, other = (dispatch(buffer, do_cpu_sync=False) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert len({one, other, one}) == 2
+
+
 # Threads
 
 
