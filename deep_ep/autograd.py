@@ -61,8 +61,7 @@ def dispatch(
     if not torch.compiler.is_compiling():
         _look_at(buffer, handle, x=x, topk_idx=topk_idx, topk_weights=topk_weights)
         num_sms = validate.is_count("num_sms", num_sms, 0)
-        do_expand = validate.is_flag("do_expand", do_expand)
-        do_cpu_sync = None if do_cpu_sync is None else validate.is_flag("do_cpu_sync", do_cpu_sync)
+        validate.are_flags(do_expand=do_expand, do_cpu_sync=do_cpu_sync is None or do_cpu_sync)
     if handle is None:
         exact = do_cpu_sync is None or do_cpu_sync
         if exact and torch.compiler.is_compiling():

@@ -102,6 +102,17 @@ class ElasticBuffer(Later):
         self._endpoint: Endpoint | None = None  # __del__ may look before there is one
         self.explicitly_destroy = explicitly_destroy
         num_ranks = _size_of(group)
+        validate.are_flags(
+            use_fp8_dispatch=use_fp8_dispatch,
+            deterministic=deterministic,
+            allow_hybrid_mode=allow_hybrid_mode,
+            allow_multiple_reduction=allow_multiple_reduction,
+            prefer_overlap_with_compute=prefer_overlap_with_compute,
+            explicitly_destroy=explicitly_destroy,
+        )
+        validate.is_count("num_cpu_bytes", num_cpu_bytes, 0)
+        validate.is_count("sl_idx", sl_idx, 0, validate.MAX_SERVICE_LEVEL)
+        num_allocated_qps = validate.is_count("num_allocated_qps", num_allocated_qps, 0)
         num_max_tokens_per_rank = validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
         if num_bytes is None:
             settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
@@ -146,6 +157,11 @@ class ElasticBuffer(Later):
         allow_multiple_reduction: bool = True,
     ) -> int:
         """The ``num_bytes`` that these settings need, a multiple of 2 MiB. Needs no buffer and talks to nobody."""
+        validate.are_flags(
+            use_fp8_dispatch=use_fp8_dispatch,
+            allow_hybrid_mode=allow_hybrid_mode,
+            allow_multiple_reduction=allow_multiple_reduction,
+        )
         settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
         return layout.window_bytes(_size_of(group), *settings, allow_multiple_reduction)
 
@@ -239,7 +255,9 @@ class ElasticBuffer(Later):
             num_experts: of all ranks together; expert e lives on rank e // (num_experts / num_ranks).
             num_max_tokens_per_rank: M, the same on all ranks; None is the buffer's.
             expert_alignment: what counts per expert are rounded up to; None is 1.
-            num_sms: all SMs that this call may hold; 0 is the analytic choice.
+            num_sms: all SMs that this call may hold; 0 is the analytic choice. More than the device has are refused; on
+                simulated ranks, which have few, they count as all there are.
+            num_qps: accepted; there are no queue pairs inside one NVLink domain.
             previous_event: what kernels wait for instead of the current stream.
             previous_event_before_epilogue: waited for before output tensors are written.
             async_with_compute_stream: leave it to ``event`` to make the current stream wait.
@@ -269,6 +287,7 @@ class ElasticBuffer(Later):
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
+        validate.is_count("num_qps", num_qps, 0)
         asked = AskedDispatch(
             x=x,
             topk_idx=topk_idx,
@@ -316,7 +335,7 @@ class ElasticBuffer(Later):
             handle: of that dispatch; combine goes by its current ``do_expand``.
             topk_weights: [N, K] float32 ([X] if expanded), gathered back per selection (0 where the selection is -1).
             bias: none, one or a pair of [T, H] bfloat16.
-            num_sms: 0 is the handle's.
+            num_sms: 0 is the handle's; num_qps: accepted.
             previous_event, previous_event_before_epilogue, async_with_compute_stream: as in dispatch.
 
         Returns:
@@ -330,6 +349,7 @@ class ElasticBuffer(Later):
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
+        validate.is_count("num_qps", num_qps, 0)
         asked = AskedCombine(x, handle, topk_weights, bias, num_sms, timing, self.allow_multiple_reduction)
         request = check_combine(endpoint, asked)
         with endpoint.owner.turn, endpoint.named("combine"):
@@ -350,6 +370,7 @@ class ElasticBuffer(Later):
                 what is known by now, with ``with_cpu_sync`` everything.
         """
         endpoint = self._usable()
+        validate.are_flags(use_comm_stream=use_comm_stream, with_cpu_sync=with_cpu_sync, sequential=sequential)
         with endpoint.owner.turn, endpoint.named("barrier"):
             endpoint.usable().barrier(use_comm_stream, with_cpu_sync)
 
@@ -415,6 +436,6 @@ def _settings(num_max_tokens_per_rank: int, hidden: int, num_topk: int) -> tuple
     advice = "or pass num_bytes"
     return (
         validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice),
-        validate.is_count("hidden", hidden, 1, advice=advice),
+        validate.is_hidden(hidden, advice),
         validate.is_count("num_topk", num_topk, 0, layout.MAX_TOPK),
     )

@@ -94,6 +94,13 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         ValueError, TypeError: naming the argument.
     """
     validate.is_timing(asked.timing)
+    validate.are_flags(
+        do_handle_copy=asked.do_handle_copy,
+        do_cpu_sync=asked.do_cpu_sync is None or asked.do_cpu_sync,
+        do_expand=asked.do_expand,
+        do_zero_padding=asked.do_zero_padding,
+        use_tma_aligned_col_major_sf=asked.use_tma_aligned_col_major_sf,
+    )
     payload = _check_payload(asked, endpoint.device)
     num_tokens = payload.rows.shape[0]
     check_routing = _check_new_routing if asked.handle is None else _check_known_routing
