@@ -377,6 +377,9 @@ class ElasticBuffer(Later):
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing.
 
+        It waits for the other ranks' destroy(), for ``num_cpu_timeout_secs`` at most; for 5 s if the buffer is broken,
+        or if an error is on its way here, since peers may wait for this rank elsewhere then.
+
         An earlier failure that nobody was told of yet is logged, not raised: it must not hide an error on its way. In a
         forked child it does nothing: the memory is the parent's.
         """

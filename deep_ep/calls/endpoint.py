@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -144,8 +145,9 @@ class Endpoint:
 
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective, and safe whatever has happened
-        before: to the group, which may have gone, or to a peer, for which a broken buffer does not wait long. If the
-        last call has failed and nobody was told yet, that is logged: it must not hide an error that is on its way.
+        before: to the group, which may have gone, or to a peer, for which a broken buffer does not wait long, nor one
+        that is destroyed while an error is on its way. If the last call has failed and nobody was told yet, that is
+        logged: it must not hide such an error.
 
         Raises:
             EPError: a CUDA graph is being captured; nothing has happened.
@@ -178,7 +180,9 @@ class Endpoint:
 
     def _meet_at_the_end(self, is_well: bool) -> bool:
         """Tell the other ranks whether all is well here, and hear whether it is everywhere. Collective."""
-        limit_s = None if is_well else min(BROKEN_SECONDS, self._cpu_timeout)
+        # With an error on its way (destroy() in a finally), peers may wait for this rank elsewhere, and do not come.
+        may_come = is_well and sys.exc_info()[0] is None
+        limit_s = None if may_come else min(BROKEN_SECONDS, self._cpu_timeout)
         try:
             return all(self.machine.all_gather_object(is_well, "to destroy a buffer", limit_s))
         except Exception as error:
