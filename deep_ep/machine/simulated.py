@@ -115,12 +115,13 @@ class Service:
         self._environment = environment
         self._num_launches = 0
         self._failed_because = ""
+        self._absent: Mapping[int, str] = {}  # in the step without which it failed
 
     def __call__(self, asks: Mapping[int, Ask], missing: Mapping[int, str]) -> Mapping[int, Any]:
         """Serve a step of those who came to it; whatever goes wrong, all of them are told."""
         try:
             if self._failed_because:
-                raise EPError(f"these simulated ranks cannot go on: {self._failed_because}; build a new buffer")
+                return {rank: Failure.of(self._refusal(rank)) for rank in asks}
             require_same({rank: ask.what for rank, ask in asks.items()}, "are in different steps")
             return self._serve(asks, missing)
         except Exception as error:
@@ -131,6 +132,7 @@ class Service:
         payloads = {rank: ask.payload for rank, ask in asks.items()}
         if missing:
             absent = ", ".join(f"rank {rank} ({why})" for rank, why in missing.items())
+            self._absent = missing
             self._failed_because = f"{first.text} has gone on without {absent}"
             if first.what != LAUNCH:
                 raise EPTimeoutError(f"{self._failed_because}; the others waited {first.limit_s} s at most")
@@ -147,6 +149,11 @@ class Service:
             for kernel in first.payload:
                 _build(kernel, self._environment)
         return dict.fromkeys(asks)
+
+    def _refusal(self, rank: int) -> EPError:
+        """What a rank hears of every later step."""
+        you = f"; rank {rank} is this one, and came too late" if rank in self._absent else ""
+        return EPError(f"these simulated ranks cannot go on: {self._failed_because}{you}; build a new buffer")
 
     def _allocate(self, sizes: Mapping[int, int]) -> Mapping[int, tuple[int, ...]]:
         if len(set(sizes.values())) > 1:
@@ -224,7 +231,7 @@ class SimulatedMachine:
         except Exception as error:
             problem = error
         raise_together(problem, self.all_gather_object)
-        return Line(self.all_gather_object(address, "to find rank 0")[0], self.rank)
+        return Line(self.all_gather_object(address, "to connect with rank 0")[0], self.rank)
 
     def allocate_window(self, num_bytes: int) -> SimulatedWindow:
         addresses = self._ask(Ask(ALLOCATE, num_bytes, self._limits.host_s))

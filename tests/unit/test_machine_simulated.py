@@ -345,7 +345,8 @@ def a_rank_comes_late() -> None:
         time.sleep(4)
         text = error_of(rank.launch)
         assert text.startswith(
-            "EPError: these simulated ranks cannot go on: a launch of shift has gone on without rank 1 (did not come)"
+            "EPError: these simulated ranks cannot go on: a launch of shift has gone on without rank 1 (did not come); "
+            "rank 1 is this one, and came too late; build a new buffer"
         ), text
     else:
         start = time.monotonic()
