@@ -205,8 +205,9 @@ _HOSTS: weakref.WeakSet[Host] = weakref.WeakSet()
 
 @atexit.register
 def _leave_peers() -> None:
-    """This process ends, and the threads with it: peers that are still in a call get a moment."""
-    hosts, deadline = list(_HOSTS), time.monotonic() + END_SECONDS
+    """This process ends, and the threads with it: peers that are still in a call get a moment, and another one for what
+    is left of it to run without those that have not come."""
+    hosts, deadline = list(_HOSTS), time.monotonic() + 2 * END_SECONDS
     for host in hosts:
         host.leave(END_SECONDS)
     for host in hosts:

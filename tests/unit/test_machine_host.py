@@ -76,7 +76,7 @@ def the_host_has_finished() -> None:
 
 
 def the_host_leaves_a_call() -> None:
-    """Who waits for rank 0 is served without it, though rank 2 does not come either; which is said of both."""
+    """Who waits for rank 0 is served without it, as soon as the others have come."""
     rank = Rank(dist.group.WORLD)
     if rank.machine.rank == 0:
         time.sleep(0.5)
@@ -89,6 +89,24 @@ def the_host_leaves_a_call() -> None:
     else:
         time.sleep(1)
         rank.launch()
+    dist.barrier()
+
+
+def the_host_cannot_stay() -> None:
+    """Who waits for somebody else when it must end is served alone; who comes later finds nobody."""
+    rank = Rank(dist.group.WORLD)
+    if rank.machine.rank == 0:
+        time.sleep(0.5)
+        rank.machine.close()
+        assert rank.machine._host is not None
+        rank.machine._host.leave(0.5)
+    elif rank.machine.rank == 1:
+        rank.launch()
+        assert rank.machine.gone == {0: "has destroyed or dropped its buffer, or died"}
+    else:
+        time.sleep(3)
+        text = error_of(rank.launch)
+        assert text.startswith("EPError: rank 0 of the group, which hosts the simulated ranks, has destroyed or"), text
     dist.barrier()
 
 
@@ -112,7 +130,7 @@ def a_child_forgets_its_machine() -> None:
 
 def all_of_them() -> None:
     """One after the other in the same processes, which take seconds to start."""
-    for scenario in (the_host_has_finished, the_host_leaves_a_call, a_child_forgets_its_machine):
+    for scenario in (the_host_has_finished, the_host_leaves_a_call, the_host_cannot_stay, a_child_forgets_its_machine):
         scenario()
         dist.barrier()
 
