@@ -42,7 +42,7 @@ class Reading:
 
     @staticmethod
     def of(times: list[float], **known: Any) -> Reading:
-        low, median, high = statistics.quantiles(times, n=4)
+        low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
         return Reading(median=median, low=low, high=high, **known)
 
 

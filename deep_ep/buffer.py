@@ -213,7 +213,8 @@ class ElasticBuffer(Later):
         for name, gbs in speeds.items():
             validate.is_speed(name, gbs, may_be_0=name == "nvlink_gbs")
         endpoint = self._end()
-        return endpoint.theoretical_num_sms(nvlink_gbs or endpoint.nvlink_gbs, sm_read_gbs, sm_write_gbs)
+        num_sms = endpoint.theoretical_num_sms(nvlink_gbs or endpoint.nvlink_gbs, sm_read_gbs, sm_write_gbs)
+        return num_sms - num_sms % 2
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs that a call of ``num_sms`` SMs uses: none inside one NVLink domain."""

@@ -175,7 +175,6 @@ class Endpoint:
             return self._broken is None and int(self._fault.tensor[0]) == 0
         except Exception as error:
             logger.warning("rank %d: waiting for %s at the end of a buffer failed: %s", self.rank, self.device, error)
-            self._broken = self._broken or f"{self.device} has failed ({error})"
             return False
 
     def _meet_at_the_end(self, is_well: bool) -> bool:
@@ -371,8 +370,8 @@ class Endpoint:
         return min(self.machine.num_sms, layout.MAX_BLOCKS)
 
     def theoretical_num_sms(self, nvlink_gbs: float, *sm_gbs: float) -> int:
-        """plan.theoretical_num_sms, or the most that a call can use, if that is less; even in any case."""
-        return min(plan.theoretical_num_sms(self.num_ranks, nvlink_gbs, *sm_gbs), self.most_sms // 2 * 2)
+        """plan.theoretical_num_sms, or the most that a call can use, if that is less."""
+        return min(plan.theoretical_num_sms(self.num_ranks, nvlink_gbs, *sm_gbs), self.most_sms)
 
     def num_blocks(self, num_sms: int) -> int:
         """Of a launch: a block an SM, while there are any."""

@@ -97,7 +97,6 @@ class Machine(Protocol):
         stream: Any,
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
-        cooperative: bool = False,
         meets_peers: bool = True,
     ) -> None:
         """Launch a kernel.
@@ -110,7 +109,6 @@ class Machine(Protocol):
             stream: a torch.cuda.Stream or its integer handle; None is the current stream.
             reads: every tensor that ``args`` points into and the kernel only reads.
             writes: every tensor that ``args`` points into and the kernel writes.
-            cooperative: all blocks must be resident at once (the kernel has a grid barrier).
             meets_peers: peers launch something at the same time, and the kernels wait for each other. False: what this
                 one waits for comes from launches before it.
         """

@@ -62,7 +62,7 @@ class _LoadedKernel:
 
     module: Any
     function: Any
-    configs: dict[tuple[int, int, int, bool], Any] = field(default_factory=dict)
+    configs: dict[tuple[int, int, int], Any] = field(default_factory=dict)
 
 
 class CudaMachine:
@@ -156,7 +156,6 @@ class CudaMachine:
         stream: Any,
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
-        cooperative: bool = False,
         meets_peers: bool = True,
     ) -> None:
         # The hot path: two dictionary look-ups, one pointer, one driver call.
@@ -169,7 +168,7 @@ class CudaMachine:
         if stream is None:
             stream = torch.cuda.current_stream(self.device)
         handle = stream if isinstance(stream, int) else stream.cuda_stream
-        shape = (num_blocks, shared_bytes, handle, cooperative)
+        shape = (num_blocks, shared_bytes, handle)
         config = loaded.configs.get(shape) or self._configure(kernel, loaded, shape)
         pointer = ctypes.c_void_p(ctypes.addressof(args))  # the only parameter; the driver copies what it points to
         parameters = ctypes.addressof(pointer)
@@ -182,19 +181,13 @@ class CudaMachine:
             blocks = f"{num_blocks} blocks x {kernel.num_threads} threads, {shared_bytes} bytes of shared memory each"
             raise EPError(f"launching {kernel.name} ({blocks}) failed: {self._explain(status)}")
 
-    def _configure(self, kernel: jit.Kernel, loaded: _LoadedKernel, shape: tuple[int, int, int, bool]) -> Any:
-        num_blocks, shared_bytes, stream, cooperative = shape
+    def _configure(self, kernel: jit.Kernel, loaded: _LoadedKernel, shape: tuple[int, int, int]) -> Any:
+        num_blocks, shared_bytes, stream = shape
         config = self._driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = kernel.num_threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = self._driver.CUstream(stream)
-        if cooperative:
-            attribute = self._driver.CUlaunchAttribute()
-            attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            attribute.value.cooperative = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
         if len(loaded.configs) >= MAX_LAUNCH_SHAPES:
             loaded.configs.clear()
         loaded.configs[shape] = config

@@ -257,7 +257,6 @@ class SimulatedMachine:
         stream: Any,
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
-        cooperative: bool = False,
         meets_peers: bool = True,
     ) -> None:
         self._require_open()

@@ -49,7 +49,7 @@ class Scales(ctypes.Structure):
             return Scales()
         address, (row_stride, stride), count = scales.data_ptr(), scales.stride(), scales.shape[1]
         aligned = not (address % COPIED or WORD_BYTES * row_stride % COPIED or WORD_BYTES * count % COPIED)
-        return Scales(address, row_stride, stride, count, in_rows=aligned and (stride == 1 or count == 1))
+        return Scales(address, row_stride, stride, count, in_rows=aligned and stride == 1)
 
 
 class Layout(enum.IntEnum):

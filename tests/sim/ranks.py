@@ -162,7 +162,6 @@ class ThreadMachine:
         stream: Any,
         reads: Sequence[torch.Tensor],
         writes: Sequence[torch.Tensor],
-        cooperative: bool = False,
         meets_peers: bool = True,
     ) -> None:
         own_args = type(args).from_buffer_copy(args)  # the caller may change its own for the next launch

@@ -82,7 +82,7 @@ EP_ENTRY(use_bulk, 128, Args) {
   sync_warp();
   for (uint32_t i = 0, parity = 0; i < args.rank; ++i, parity ^= 1) {
     if (elect()) {
-      bulk_wait_read();
+      bulk_wait_read<0>();
       fence_async_proxy_global();
       bulk_load(stage, args.vectors + 64 * i, 1024, full);
       mbarrier_arrive_expect(full, 1024);
@@ -100,7 +100,7 @@ EP_ENTRY(use_bulk, 128, Args) {
   }
   fence_async_proxy();
   bulk_wait<2>();
-  bulk_wait();
+  bulk_wait<0>();
 }
 
 EP_ENTRY(use_group, 128, Args) {

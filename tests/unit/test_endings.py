@@ -132,15 +132,19 @@ def test_what_a_failure_leaves_out(
 
 
 def test_a_device_that_has_failed_lets_peers_wait_briefly(
-    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And what a kernel had recorded before is told."""
+
     def fail(device: torch.device) -> None:
         raise RuntimeError("an illegal memory access was encountered")
 
     buffer = build()
     monkeypatch.setattr(machine, "comm_stream", object())
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    machine.leave_fault()
     buffer.destroy()
+    assert "nobody was told: rank 0 waited 2.0 s in collect: for rank 1" in caplog.text
     assert machine.meeting_limit_s == endpoint.BROKEN_SECONDS
     assert (machine.steps, machine.closed_together) == (["meet", "close"], False)
 

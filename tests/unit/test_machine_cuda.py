@@ -153,14 +153,6 @@ def test_a_kernel_is_loaded_once_and_a_launch_shape_made_once(machine: cuda.Cuda
     assert launches[-1][0] is not launches[0][0]
 
 
-def test_a_cooperative_launch_says_so(machine: cuda.CudaMachine) -> None:
-    launch(machine, CopyArgs(), cooperative=True)
-    config, _ = fake_of(machine).launches[0]
-    assert config.numAttrs == 1
-    assert config.attrs[0].id == driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-    assert config.attrs[0].value.cooperative == 1
-
-
 def test_a_thread_without_the_context_gets_it(machine: cuda.CudaMachine) -> None:
     fake_of(machine).statuses.insert(0, INVALID_CONTEXT)
     launch(machine, CopyArgs())

@@ -112,7 +112,6 @@ def greet(machine: Machine, kernel: jit.Kernel, num_rounds: int, stream: Any = N
             stream=stream,
             reads=[x],
             writes=[y],
-            cooperative=round_idx % 2 == 1,
         )
         if stream is not None:
             stream.synchronize()

@@ -55,7 +55,7 @@ EP_DEVICE void bulk(const ProbeArgs& args) {
     }
     d::sync_warp();
   }
-  if (d::elect()) d::bulk_wait();
+  if (d::elect()) d::bulk_wait<0>();
   d::sync_warp();
 }
 

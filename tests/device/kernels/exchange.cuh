@@ -33,7 +33,7 @@ EP_DEVICE void send_tokens(const ExchangeArgs& args, char* stage, device::Mbarri
        token += stride) {
     if (device::elect()) {
 #ifndef EP_BUG_NO_READ_WAIT
-      device::bulk_wait_read();  // the previous store has left the stage
+      device::bulk_wait_read<0>();  // the previous store has left the stage
 #endif
       device::fence_async_proxy_shared();
       device::mbarrier_arrive_expect(full, C.token_bytes);
@@ -60,9 +60,9 @@ EP_DEVICE void send_tokens(const ExchangeArgs& args, char* stage, device::Mbarri
   }
   if (device::elect()) {
 #ifdef EP_BUG_NO_BULK_WAIT
-    device::bulk_wait_read();
+    device::bulk_wait_read<0>();
 #else
-    device::bulk_wait();  // stores are visible before they are announced
+    device::bulk_wait<0>();  // stores are visible before they are announced
 #endif
   }
   device::sync_warp();

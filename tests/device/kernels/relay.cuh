@@ -20,7 +20,7 @@ EP_DEVICE void relay(const ProbeArgs& args) {
     if (d::elect()) {
       d::bulk_store(args.peer, words, kBytes);
       d::bulk_commit();
-      d::bulk_wait();
+      d::bulk_wait<0>();
       d::store_release_sys(reinterpret_cast<uint32_t*>(args.peer + kBytes), 1);
     }
     d::sync_warp();

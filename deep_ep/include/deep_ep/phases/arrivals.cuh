@@ -14,6 +14,7 @@
 namespace deep_ep {
 
 enum class From { kPeers, kSelf };
+enum class Look { kOnce, kUntilOneHasCome };
 
 // Tokens of all peers, or this rank's own, in about the order in which they are sent: the first token of every source,
 // then the second of each, and so on. A warp looks at 32 of its share at a time, one a lane, and takes whichever has
@@ -33,8 +34,8 @@ class Arrivals {
     items_ = device::reduce_max(counts ? tables.tokens_of[source] : 0) * num_sources();
   }
 
-  // Takes a token that has come, if there is one; with `patient`, waits for one if any are to come.
-  EP_DEVICE bool take(bool patient, Item& taken) {
+  // Takes a token that has come, if there is one; kUntilOneHasCome waits for one if any are to come.
+  EP_DEVICE bool take(Look look, Item& taken) {
     uint32_t ready = came_ & left_;
     EP_NO_UNROLL
     while (ready == 0) {
@@ -43,9 +44,9 @@ class Arrivals {
       poll();
       ready = came_ & left_;
       if (ready != 0 || left_ == 0) continue;
-      if (patient) wait_for(lowest_bit(left_));
+      if (look == Look::kUntilOneHasCome) wait_for(lowest_bit(left_));
       glance();
-      if (!patient) return false;
+      if (look == Look::kOnce) return false;
     }
     const int lane = lowest_bit(ready);
     left_ &= ~(1u << lane);

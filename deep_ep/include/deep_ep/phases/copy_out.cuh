@@ -97,7 +97,9 @@ EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, uint32_t epoch
   const auto fill = [&](const Stage& stage, bool patient) {
     if (loader.is_between_tokens()) {
       Arrivals::Item token;
-      const bool found = peers.take(false, token) || own.take(patient, token) || (patient && peers.take(true, token));
+      const Look look = patient ? Look::kUntilOneHasCome : Look::kOnce;
+      const bool found =
+          peers.take(Look::kOnce, token) || own.take(look, token) || (patient && peers.take(look, token));
       if (!found) return peers.more() || own.more() ? Filled::kNotYet : Filled::kNoMore;
       loader.turn_to(token);
     }

@@ -54,14 +54,14 @@ void wait_for_writes(int num_latest, const sim::Site& site);
 }  // namespace detail
 
 // All but the N latest groups of this thread have read their source: it may be overwritten.
-template <int N = 0>
+template <int N>
 EP_DEVICE void bulk_wait_read(sim::Site site = sim::Site::current()) {
   detail::wait_for_reads(N, site);
 }
 
 // All but the N latest groups of this thread are complete and visible to this thread: a release of its own announces
 // them to others.
-template <int N = 0>
+template <int N>
 EP_DEVICE void bulk_wait(sim::Site site = sim::Site::current()) {
   detail::wait_for_writes(N, site);
 }

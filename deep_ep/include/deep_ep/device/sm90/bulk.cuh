@@ -95,14 +95,14 @@ EP_DEVICE void bulk_store(void* global, const void* shared, int bytes) {
 EP_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // All but the N latest groups of this thread have read their source: it may be overwritten.
-template <int N = 0>
+template <int N>
 EP_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
 
 // All but the N latest groups of this thread are complete and visible to this thread: a release of its own announces
 // them to others.
-template <int N = 0>
+template <int N>
 EP_DEVICE void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
 }
