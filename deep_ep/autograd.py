@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, library
 
-from deep_ep import plan
+from deep_ep import plan, validate
 from deep_ep.buffer import ElasticBuffer, buffer_of
 from deep_ep.handle import EPHandle
 
@@ -28,10 +28,10 @@ def dispatch(
     *,
     num_experts: int | None = None,
     num_max_tokens_per_rank: int | None = None,
-    expert_alignment: int = 1,
+    expert_alignment: int | None = None,
     num_sms: int = 0,
     handle: EPHandle | None = None,
-    do_cpu_sync: bool = True,
+    do_cpu_sync: bool | None = None,
     do_expand: bool = False,
 ) -> Dispatched:
     """``buffer.dispatch`` with gradients for ``x`` and ``topk_weights``. Every rank runs the backward pass, or none.
@@ -44,22 +44,37 @@ def dispatch(
 
     Args:
         x: [T, H] bfloat16.
-        handle: of an earlier dispatch, whose routes are taken again; all that it knows is left out then.
+        handle: of an earlier dispatch, whose routes are taken again; all that it knows is left out then, or the same.
+        do_cpu_sync: True (the default) or False, as in ``buffer.dispatch``; without a meaning beside a handle.
 
     Returns:
         ``(recv_x, recv_topk_idx or None, recv_topk_weights or None, handle)``
+
+    Raises:
+        As ``buffer.dispatch`` does. What torch.compile traces, the operators look at when they run.
     """
+    known = {
+        "num_experts": num_experts,
+        "num_max_tokens_per_rank": num_max_tokens_per_rank,
+        "expert_alignment": expert_alignment,
+    }
+    if not torch.compiler.is_compiling():
+        _look_at(buffer, handle, x=x, topk_idx=topk_idx, topk_weights=topk_weights)
+        num_sms = validate.is_count("num_sms", num_sms, 0)
+        validate.are_flags(do_expand=do_expand, do_cpu_sync=do_cpu_sync is None or do_cpu_sync)
     if handle is None:
-        if topk_idx is None or num_experts is None:
-            raise ValueError("topk_idx and num_experts must be given unless a handle is")
-        max_tokens = buffer.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
-        numbers = [num_experts, max_tokens, expert_alignment, num_sms or buffer._num_sms]
-        recv_x, recv_idx, weights, *found = _find(
-            x, topk_idx, topk_weights, buffer._key, numbers, do_expand, do_cpu_sync
-        )
-        handle = Route.found(found, numbers, buffer.num_ranks, do_cpu_sync).handle(buffer, do_expand)
+        exact = do_cpu_sync is None or do_cpu_sync
+        if exact and torch.compiler.is_compiling():
+            torch._dynamo.graph_break("the host waits for counts: deep_ep.autograd.dispatch takes do_cpu_sync=False")
+        assert topk_idx is not None  # or it has been said
+        numbers = [*_numbers(buffer, **known), num_sms or buffer._num_sms]
+        recv_x, recv_idx, weights, *found = _find(x, topk_idx, topk_weights, buffer._key, numbers, do_expand, exact)
+        handle = Route.found(found, numbers, buffer.num_ranks, exact).handle(buffer, do_expand)
     else:
+        validate.agrees_with_handle(handle, topk_idx, **known)
         route = Route.of(handle)
+        if num_sms:
+            route.numbers[-1] = num_sms
         recv_x, recv_idx, weights = _follow(
             x, topk_weights, *route, buffer._key, do_expand, _num_rows(handle, do_expand)
         )
@@ -80,9 +95,47 @@ def combine(
     Returns:
         ``(combined_x, combined_topk_weights or None)``
     """
+    if not torch.compiler.is_compiling():
+        if handle is None:
+            raise TypeError("handle must be the EPHandle that dispatch returned, but it is a NoneType")
+        _look_at(buffer, handle, x=x, topk_weights=topk_weights)
+        validate.biases(bias, len(handle.topk_idx), x.shape[-1], handle.topk_idx.device)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
     combined, weights = _combine(x, topk_weights, biases, *Route.of(handle), buffer._key, handle.do_expand)
     return combined, None if topk_weights is None else weights
+
+
+def _look_at(buffer: ElasticBuffer, handle: EPHandle | None, x: Any, **tensors: Any) -> None:
+    """What would be an error of torch's own is one of ours; all else the calls look at."""
+    if not isinstance(buffer, ElasticBuffer):
+        raise TypeError(f"buffer must be an ElasticBuffer, but it is a {type(buffer).__name__}")
+    if isinstance(x, (tuple, list)):
+        raise TypeError(
+            "x must be one torch.Tensor of torch.bfloat16: scale factors carry no gradients; pass a pair to "
+            "buffer.dispatch, under torch.no_grad() or inside a torch.autograd.Function of your own"
+        )
+    if handle is not None:
+        buffer._end().own_handle(handle)
+    elif tensors["topk_idx"] is None:
+        raise ValueError("topk_idx must be given unless a handle is; pass one row of expert ids per token")
+    for name, value in {"x": x, **tensors}.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "x"):
+            raise TypeError(f"{name} must be a torch.Tensor, but it is a {type(value).__name__}")
+
+
+def _numbers(
+    buffer: ElasticBuffer, num_experts: Any, num_max_tokens_per_rank: Any, expert_alignment: Any
+) -> tuple[int, int, int]:
+    """Those of a route, from what was given for them."""
+    max_tokens = buffer.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
+    alignment = 1 if expert_alignment is None else expert_alignment
+    if torch.compiler.is_compiling():
+        return num_experts, max_tokens, alignment
+    return (
+        validate.is_expert_count(num_experts, buffer.num_ranks),
+        validate.is_count("num_max_tokens_per_rank", max_tokens, 1, advice="give it to the buffer or to the call"),
+        validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT),
+    )
 
 
 class Route(NamedTuple):

@@ -6,11 +6,13 @@ import itertools
 import logging
 import weakref
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from deep_ep import layout, plan, validate
+from deep_ep.calls import dropped
 from deep_ep.calls.agreement import Settings
 from deep_ep.calls.combine import AskedCombine, CombineResult, check_combine, run_combine
 from deep_ep.calls.dispatch import AskedDispatch, DispatchResult, TokensOrPair, check_dispatch, run_dispatch
@@ -71,6 +73,8 @@ class ElasticBuffer(Later):
 
     The other settings are accepted as DeepEP V2 has them; results are deterministic whatever ``deterministic`` says.
 
+    Threads may share a buffer: a call waits until that of another thread has returned.
+
     Raises:
         ValueError, TypeError: an argument.
         EPEnvironmentError, EPTopologyError, EPCompileError: this host or this group cannot run the kernels.
@@ -98,6 +102,17 @@ class ElasticBuffer(Later):
         self._endpoint: Endpoint | None = None  # __del__ may look before there is one
         self.explicitly_destroy = explicitly_destroy
         num_ranks = _size_of(group)
+        validate.are_flags(
+            use_fp8_dispatch=use_fp8_dispatch,
+            deterministic=deterministic,
+            allow_hybrid_mode=allow_hybrid_mode,
+            allow_multiple_reduction=allow_multiple_reduction,
+            prefer_overlap_with_compute=prefer_overlap_with_compute,
+            explicitly_destroy=explicitly_destroy,
+        )
+        validate.is_count("num_cpu_bytes", num_cpu_bytes, 0)
+        validate.is_count("sl_idx", sl_idx, 0, validate.MAX_SERVICE_LEVEL)
+        num_allocated_qps = validate.is_count("num_allocated_qps", num_allocated_qps, 0)
         num_max_tokens_per_rank = validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
         if num_bytes is None:
             settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
@@ -142,6 +157,11 @@ class ElasticBuffer(Later):
         allow_multiple_reduction: bool = True,
     ) -> int:
         """The ``num_bytes`` that these settings need, a multiple of 2 MiB. Needs no buffer and talks to nobody."""
+        validate.are_flags(
+            use_fp8_dispatch=use_fp8_dispatch,
+            allow_hybrid_mode=allow_hybrid_mode,
+            allow_multiple_reduction=allow_multiple_reduction,
+        )
         settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
         return layout.window_bytes(_size_of(group), *settings, allow_multiple_reduction)
 
@@ -236,7 +256,9 @@ class ElasticBuffer(Later):
             num_experts: of all ranks together; expert e lives on rank e // (num_experts / num_ranks).
             num_max_tokens_per_rank: M, the same on all ranks; None is the buffer's.
             expert_alignment: what counts per expert are rounded up to; None is 1.
-            num_sms: all SMs that this call may hold; 0 is the analytic choice.
+            num_sms: all SMs that this call may hold; 0 is the analytic choice. More than the device has are refused; on
+                simulated ranks, which have few, they count as all there are.
+            num_qps: accepted; there are no queue pairs inside one NVLink domain.
             previous_event: what kernels wait for instead of the current stream.
             previous_event_before_epilogue: waited for before output tensors are written.
             async_with_compute_stream: leave it to ``event`` to make the current stream wait.
@@ -266,6 +288,7 @@ class ElasticBuffer(Later):
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
+        validate.is_count("num_qps", num_qps, 0)
         asked = AskedDispatch(
             x,
             topk_idx,
@@ -285,8 +308,8 @@ class ElasticBuffer(Later):
             timing,
         )
         request = check_dispatch(endpoint, asked)
-        with endpoint.named("dispatch"):
-            return run_dispatch(endpoint, request)
+        with endpoint.owner.turn, endpoint.named("dispatch"):
+            return run_dispatch(endpoint.usable(), request)
 
     def combine(
         self,
@@ -313,7 +336,7 @@ class ElasticBuffer(Later):
             handle: of that dispatch; combine goes by its current ``do_expand``.
             topk_weights: [N, K] float32 ([X] if expanded), gathered back per selection (0 where the selection is -1).
             bias: none, one or a pair of [T, H] bfloat16.
-            num_sms: 0 is the handle's.
+            num_sms: 0 is the handle's; num_qps: accepted.
             previous_event, previous_event_before_epilogue, async_with_compute_stream: as in dispatch.
 
         Returns:
@@ -327,10 +350,11 @@ class ElasticBuffer(Later):
         timing = Timing(
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
+        validate.is_count("num_qps", num_qps, 0)
         asked = AskedCombine(x, handle, topk_weights, bias, num_sms, timing, self.allow_multiple_reduction)
         request = check_combine(endpoint, asked)
-        with endpoint.named("combine"):
-            return run_combine(endpoint, request)
+        with endpoint.owner.turn, endpoint.named("combine"):
+            return run_combine(endpoint.usable(), request)
 
     def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True) -> None:
         """What is queued after this waits until every rank has finished what it had queued before. Collective.
@@ -347,22 +371,45 @@ class ElasticBuffer(Later):
                 what is known by now, with ``with_cpu_sync`` everything.
         """
         endpoint = self._usable()
-        with endpoint.named("barrier"):
-            endpoint.barrier(use_comm_stream, with_cpu_sync)
+        validate.are_flags(use_comm_stream=use_comm_stream, with_cpu_sync=with_cpu_sync, sequential=sequential)
+        with endpoint.owner.turn, endpoint.named("barrier"):
+            endpoint.usable().barrier(use_comm_stream, with_cpu_sync)
 
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective; a second call does nothing.
 
-        An earlier failure that nobody was told of yet is logged, not raised: it must not hide an error on its way.
+        It waits for the other ranks' destroy(), for ``num_cpu_timeout_secs`` at most; for 5 s if the buffer is broken,
+        or if an error is on its way here, since peers may wait for this rank elsewhere then.
+
+        An earlier failure that nobody was told of yet is logged, not raised: it must not hide an error on its way. In a
+        forked child it does nothing: the memory is the parent's.
         """
-        self._end().destroy()
+        endpoint = self._end()
+        if not endpoint.owner.is_elsewhere:
+            with endpoint.owner.turn:
+                endpoint.destroy()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an ElasticBuffer cannot be copied or pickled: it is this process's end of what all ranks have built "
+            "together; share the one, or build another on every rank. In a module that is copied or saved, keep it "
+            "outside of what is (a global, or a __deepcopy__ or __getstate__ that leaves it out)"
+        )
+
+    def __copy__(self) -> NoReturn:
+        self.__reduce__()
+
+    def __deepcopy__(self, _: Any) -> NoReturn:
+        self.__reduce__()
 
     def __del__(self) -> None:
         # No collective step here, and nothing that a CUDA graph being captured, on any thread, could trip over.
         endpoint = getattr(self, "_endpoint", None)
         if endpoint is None or endpoint.closed:
             return
-        if self.explicitly_destroy:
+        if endpoint.owner.is_elsewhere:
+            dropped.ABANDONED.append(endpoint)
+        elif self.explicitly_destroy:
             logger.warning("a buffer of rank %d was dropped without destroy(); its memory stays", self.rank_idx)
             endpoint.keep_for_good()
         else:
@@ -393,6 +440,6 @@ def _settings(num_max_tokens_per_rank: int, hidden: int, num_topk: int) -> tuple
     advice = "or pass num_bytes"
     return (
         validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice),
-        validate.is_count("hidden", hidden, 1, advice=advice),
+        validate.is_hidden(hidden, advice),
         validate.is_count("num_topk", num_topk, 0, layout.MAX_TOPK),
     )

@@ -10,7 +10,7 @@ import torch
 from deep_ep.event import Kept
 
 
-@dataclass(init=False)
+@dataclass(init=False, eq=False)
 class EPHandle:
     """Where every token of one dispatch went. Only ``do_expand`` may be set by the caller.
 

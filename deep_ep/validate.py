@@ -21,6 +21,8 @@ from deep_ep.layout import MAX_EXPERTS, MAX_SCALES, MAX_TOPK
 from deep_ep.plan import expanded_rows_at_most
 
 MAX_ALIGNMENT = 1 << 16  # rows; aligned counts of all experts stay far inside 32 bits
+MAX_SERVICE_LEVEL = 15  # of InfiniBand
+ROW_ELEMENTS = 8  # of bfloat16, whose rows are multiples of 16 bytes
 YEAR = 365 * 24 * 3600  # seconds
 
 # Fixed at import; a malformed value is reported when a buffer is built.
@@ -50,8 +52,15 @@ def is_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
         return is_row_matrix("x", is_tensor("x", x, "TH", torch.bfloat16, device)), None
     if len(x) != 2:
         raise ValueError(f"x must be a tensor or a pair (x8, sf), but it has {len(x)} elements")
+    if isinstance(x[0], torch.Tensor) and x[0].dtype != torch.float8_e4m3fn:
+        raise TypeError(
+            f"x[0] must be torch.float8_e4m3fn, but it is {x[0].dtype}; deep_ep.utils.per_token_cast_to_fp8(x) makes "
+            "both from torch.bfloat16"
+        )
     rows = is_row_matrix("x[0]", is_tensor("x[0]", x[0], "TH", torch.float8_e4m3fn, device))
-    kind = torch.int32 if isinstance(x[1], torch.Tensor) and x[1].dtype == torch.int32 else torch.float32
+    kind = x[1].dtype if isinstance(x[1], torch.Tensor) else torch.float32
+    if kind not in (torch.float32, torch.int32):
+        raise TypeError(f"x[1] must be torch.float32 or torch.int32, but it is {kind}; an int32 packs four UE8M0 bytes")
     scales = is_tensor("x[1]", x[1], "TP", kind, device)
     has_rows("x[1]", scales, rows.shape[0], f"x[0] has {rows.shape[0]}; pass one row of scale factors per token")
     if not 1 <= scales.shape[1] <= MAX_SCALES:
@@ -76,10 +85,11 @@ def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
             f"{name} has rows of {columns} x {size} bytes; a row must be a positive multiple of 16 bytes: "
             f"pad the hidden size to a multiple of {16 // size}"
         )
+    # On a rank without tokens too, so that all ranks are told; but of nothing, a stride of 0 is as good as any.
+    if stride > 1 or (stride != 1 and rows > 0):
+        raise ValueError(f"{name} must have contiguous rows, but its strides are {value.stride()}; call .contiguous()")
     if rows == 0:
         return value
-    if stride != 1:
-        raise ValueError(f"{name} must have contiguous rows, but its strides are {value.stride()}; call .contiguous()")
     if rows > 1 and (row_stride * size % 16 or row_stride < columns):
         raise ValueError(
             f"{name} has a row stride of {row_stride} x {size} bytes; it must be a multiple of 16 bytes and no "
@@ -135,6 +145,17 @@ def is_count(name: str, value: Any, low: int, high: int | None = None, advice: s
     return number
 
 
+def is_hidden(value: Any, advice: str) -> int:
+    """Elements of a token, for which there is room: bfloat16, as combine sends them."""
+    hidden = is_count("hidden", value, 1, advice=advice)
+    if hidden % ROW_ELEMENTS:
+        raise ValueError(
+            f"hidden must be a multiple of {ROW_ELEMENTS}, for rows of 16-byte pieces, but it is {hidden}; pad it to "
+            f"{-(-hidden // ROW_ELEMENTS) * ROW_ELEMENTS}, {advice}"
+        )
+    return hidden
+
+
 def is_expert_count(value: Any, num_ranks: int) -> int:
     if value is None:
         raise ValueError("num_experts must be given unless a handle is; pass the number of all ranks' experts together")
@@ -158,10 +179,12 @@ def is_topk_idx(value: Any, num_tokens: int, dtype: torch.dtype, device: torch.d
     return topk_idx
 
 
-def is_weights(value: Any, name: str, rows: int, num_topk: int, device: torch.device) -> torch.Tensor | None:
+def is_weights(
+    value: Any, name: str, rows: int, num_topk: int, device: torch.device, dims: str = "TK"
+) -> torch.Tensor | None:
     if value is None:
         return None
-    weights = is_tensor(name, value, "TK", torch.float32, device)
+    weights = is_tensor(name, value, dims, torch.float32, device)
     if weights.shape != (rows, num_topk):
         shape = list(weights.shape)
         raise ValueError(f"{name} must be [{rows}, {num_topk}], one weight a selection, but its shape is {shape}")
@@ -268,7 +291,28 @@ def biases(value: Any, num_tokens: int, hidden: int, device: torch.device) -> li
     return list(pair)
 
 
+def agrees_with_handle(handle: EPHandle, topk_idx: Any, **given: Any) -> None:
+    """A call by a handle is given nothing that its dispatch knows otherwise.
+
+    Args:
+        given: what the handle knows too, by its name there; None is left out.
+    """
+    if topk_idx is not None:
+        raise ValueError("topk_idx and handle were both given; a handle holds the selections: leave topk_idx out")
+    for name, value in given.items():
+        if value is not None and value != (known := getattr(handle, name)):
+            raise ValueError(f"{name} is {value} but the handle's dispatch had {known}; leave it out, or pass the same")
+
+
+def are_flags(**values: Any) -> None:
+    """True or False, NumPy's among them; not what only counts as one of them."""
+    for name, value in values.items():
+        if value is not True and value is not False and type(value).__name__ not in ("bool", "bool_"):
+            raise TypeError(f"{name} must be True or False, but it is {value!r:.80}")
+
+
 def is_timing(timing: Timing) -> None:
+    are_flags(async_with_compute_stream=timing.asynchronous, allocate_on_comm_stream=timing.allocate_on_comm_stream)
     is_event("previous_event", timing.previous_event)
     is_event("previous_event_before_epilogue", timing.previous_event_before_epilogue)
 

@@ -217,7 +217,10 @@ def parse_options() -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1, but it is {getattr(options, name)}")
     if options.model and not options.model.is_file():
         parser.error(f"--model {options.model} is not a file; train_moe.py --save {options.model} makes it")
-    config = whole_model(options).config
+    try:
+        config = whole_model(options).config
+    except ValueError as error:
+        parser.error(f"--model {error}; make one with train_moe.py --save moe.pt")
     if config.experts % options.ranks:
         parser.error(f"--ranks {options.ranks} does not divide the model's {config.experts} experts")
     if config.context <= PROMPT:

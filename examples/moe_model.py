@@ -7,6 +7,7 @@ way, of one rank that has all experts; the examples add theirs, over several ran
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -162,9 +163,12 @@ class ByteModel(nn.Module):
 
     @staticmethod
     def load(path: Path) -> ByteModel:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = ByteModel(Config(**saved["config"]))
-        model.load_state_dict(saved["weights"])
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            model = ByteModel(Config(**saved["config"]))
+            model.load_state_dict(saved["weights"])
+        except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is not what train_moe.py --save has left ({type(error).__name__})") from error
         return model
 
 

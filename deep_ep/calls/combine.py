@@ -61,7 +61,7 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
     else:
         returned, rows = Return.ROW, handle.num_recv_tokens
         validate.has_rows("x", x, rows, f"the handle's dispatch returned {rows}; pass one row for each")
-        weights = validate.is_weights(asked.topk_weights, "topk_weights", rows, num_topk, device)
+        weights = validate.is_weights(asked.topk_weights, "topk_weights", rows, num_topk, device, "NK")
     biases = validate.biases(asked.bias, num_tokens, hidden, device)
     for added in biases:
         validate.carries_no_gradient("combine", bias=added)

@@ -76,6 +76,13 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         ValueError, TypeError: naming the argument.
     """
     validate.is_timing(asked.timing)
+    validate.are_flags(
+        do_handle_copy=asked.do_handle_copy,
+        do_cpu_sync=asked.do_cpu_sync is None or asked.do_cpu_sync,
+        do_expand=asked.do_expand,
+        do_zero_padding=asked.do_zero_padding,
+        use_tma_aligned_col_major_sf=asked.use_tma_aligned_col_major_sf,
+    )
     payload = _check_payload(asked, endpoint.device)
     num_tokens = payload.rows.shape[0]
     check_routing = _check_new_routing if asked.handle is None else _check_known_routing
@@ -132,12 +139,13 @@ def _check_new_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: int
 
 def _check_known_routing(endpoint: Endpoint, asked: AskedDispatch, num_tokens: int) -> RoutingRequest:
     handle = endpoint.own_handle(asked.handle)
-    if asked.topk_idx is not None:
-        raise ValueError("topk_idx and handle were both given; a handle holds the selections: leave topk_idx out")
-    for name in ("num_experts", "num_max_tokens_per_rank", "expert_alignment"):
-        given = getattr(asked, name)
-        if given is not None and given != (known := getattr(handle, name)):
-            raise ValueError(f"{name} is {given} but the handle's dispatch had {known}; leave it out, or pass the same")
+    validate.agrees_with_handle(
+        handle,
+        asked.topk_idx,
+        num_experts=asked.num_experts,
+        num_max_tokens_per_rank=asked.num_max_tokens_per_rank,
+        expert_alignment=asked.expert_alignment,
+    )
     dispatched = handle.topk_idx.shape[0]
     if num_tokens != dispatched:
         raise ValueError(f"x has {num_tokens} tokens but the handle's dispatch had {dispatched}; pass as many")

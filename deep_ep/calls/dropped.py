@@ -9,9 +9,13 @@ from __future__ import annotations
 import atexit
 from typing import Protocol
 
+from deep_ep.calls.owner import Owner
+
 
 class Dropped(Protocol):
     """What an Endpoint has for this."""
+
+    owner: Owner
 
     def is_captured(self) -> bool:
         """Whether a CUDA graph is being captured on the current stream."""
@@ -27,7 +31,7 @@ PARKED: list[Dropped] = []  # whose memory free_parked() gives back
 def free_parked() -> None:
     """Give back what dropped buffers had, unless a CUDA graph is being captured here: then a later call does it."""
     for endpoint in PARKED.copy():
-        if endpoint.is_captured():
+        if endpoint.owner.is_elsewhere or endpoint.is_captured():
             continue
         try:
             PARKED.remove(endpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from deep_ep import environment, installation, jit, layout, plan, validate
 from deep_ep.calls import dropped
 from deep_ep.calls.agreement import Settings, agree_to_build
+from deep_ep.calls.owner import Owner
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
 from deep_ep.event import NOTHING, CallOrder, EventHandle, LastCall, Timing, looking
 from deep_ep.handle import EPHandle
@@ -66,6 +68,7 @@ class Endpoint:
         self.topology = Topology(self.num_ranks, self.rank, self.num_ranks)
         require_one_domain(self.topology, layout.MAX_RANKS)
         self.layout = layout.window_layout(self.num_ranks, settings.num_bytes)
+        self.owner = Owner()
         self._cpu_timeout = cpu_timeout
         self._broken: str | None = None
         self._has_launched = False  # in the call under way
@@ -126,6 +129,7 @@ class Endpoint:
         """This endpoint, or the reason why it can do nothing more."""
         if self.closed:
             raise ValueError("this buffer was destroyed; build a new ElasticBuffer")
+        self.owner.require_here()
         if dropped.PARKED:
             dropped.free_parked()
         if self._broken is None:
@@ -158,8 +162,9 @@ class Endpoint:
 
     def destroy(self) -> None:
         """Give the memory back, after all ranks have finished with it. Collective, and safe whatever has happened
-        before: to the group, which may have gone, or to a peer, for which a broken buffer does not wait long. If the
-        last call has failed and nobody was told yet, that is logged: it must not hide an error that is on its way.
+        before: to the group, which may have gone, or to a peer, for which a broken buffer does not wait long, nor one
+        that is destroyed while an error is on its way. If the last call has failed and nobody was told yet, that is
+        logged: it must not hide such an error.
 
         Raises:
             EPError: a CUDA graph is being captured; nothing has happened.
@@ -191,7 +196,9 @@ class Endpoint:
 
     def _meet_at_the_end(self, is_well: bool) -> bool:
         """Tell the other ranks whether all is well here, and hear whether it is everywhere. Collective."""
-        limit_s = None if is_well else min(BROKEN_SECONDS, self._cpu_timeout)
+        # With an error on its way (destroy() in a finally), peers may wait for this rank elsewhere, and do not come.
+        may_come = is_well and sys.exc_info()[0] is None
+        limit_s = None if may_come else min(BROKEN_SECONDS, self._cpu_timeout)
         try:
             return all(self.machine.all_gather_object(is_well, "to destroy a buffer", limit_s))
         except Exception as error:
@@ -273,7 +280,7 @@ class Endpoint:
         if not (self._fault_states[0] or self._fault_states[1]):
             return
         try:
-            check_fault(self._fault.tensor, self.rank)
+            check_fault(self._fault.tensor, self.rank, self.machine.gone)
         except EPError as error:
             self._broken = f"an earlier call failed ({error})"
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -62,6 +62,8 @@ class Machine(Protocol):
     """The most dynamic shared memory that a block can have."""
     comm_stream: Any
     """The machine's own torch.cuda.Stream for communication, or None where there are no streams."""
+    gone: Mapping[int, str]
+    """Peers that are known to come to no launch any more, and why ("has died")."""
     launches_finish: bool
     """Whether a kernel has ended when ``launch`` returns: then its call can tell at once how it went."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -70,6 +70,7 @@ class CudaMachine:
     """See deep_ep.machine.Machine; launches are asynchronous on the given stream."""
 
     name = "cuda"
+    gone: Mapping[int, str] = {}  # nobody on this host knows
     launches_finish = False
 
     def __init__(self, group: dist.ProcessGroup, environment: Environment, limits: Limits) -> None:

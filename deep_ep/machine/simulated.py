@@ -23,7 +23,7 @@ from deep_ep import jit
 from deep_ep.environment import Environment
 from deep_ep.errors import EPEnvironmentError, EPError, EPTimeoutError, EPTopologyError
 from deep_ep.machine import raise_together
-from deep_ep.machine.host import Ask, Host, Line
+from deep_ep.machine.host import END_SECONDS, LATE, Ask, Host, Line
 from deep_ep.machine.meeting import Limits, Meeting
 from deep_ep.machine.relocation import Region, Request, pack, redirect
 from deep_ep.machine.world import Launch, SimulationError, World
@@ -98,6 +98,14 @@ class Part:
     request: Request
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a rank hears of a launch: what its writable regions hold now, and which peers cannot come, and why."""
+
+    written: list[bytes]
+    gone: Mapping[int, str]
+
+
 class Service:
     """What rank 0 does for all ranks: it has the world."""
 
@@ -107,26 +115,31 @@ class Service:
         self._environment = environment
         self._num_launches = 0
         self._failed_because = ""
+        self._absent: Mapping[int, str] = {}  # in the step without which it failed
 
-    def __call__(self, asks: Mapping[int, Ask], missing: Sequence[int]) -> Mapping[int, Any]:
+    def __call__(self, asks: Mapping[int, Ask], missing: Mapping[int, str]) -> Mapping[int, Any]:
         """Serve a step of those who came to it; whatever goes wrong, all of them are told."""
         try:
             if self._failed_because:
-                raise EPError(f"these simulated ranks cannot go on: {self._failed_because}; build a new buffer")
+                return {rank: Failure.of(self._refusal(rank)) for rank in asks}
             require_same({rank: ask.what for rank, ask in asks.items()}, "are in different steps")
             return self._serve(asks, missing)
         except Exception as error:
             return dict.fromkeys(asks, Failure.of(error))
 
-    def _serve(self, asks: Mapping[int, Ask], missing: Sequence[int]) -> Mapping[int, Any]:
+    def _serve(self, asks: Mapping[int, Ask], missing: Mapping[int, str]) -> Mapping[int, Any]:
         first = asks[min(asks)]
         payloads = {rank: ask.payload for rank, ask in asks.items()}
         if missing:
-            self._failed_because = f"ranks {list(missing)} did not come to {first.text}, or have left"
+            absent = ", ".join(f"rank {rank} ({why})" for rank, why in missing.items())
+            self._absent = missing
+            self._failed_because = f"{first.text} has gone on without {absent}"
             if first.what != LAUNCH:
                 raise EPTimeoutError(f"{self._failed_because}; the others waited {first.limit_s} s at most")
         if first.what == LAUNCH:
-            return self._launch(payloads, expire=bool(missing))
+            gone = {rank: why for rank, why in missing.items() if why != LATE}
+            written = self._launch(payloads, expire=bool(missing))
+            return {rank: Done(data, gone) for rank, data in written.items()}
         if first.what == ALLOCATE:
             return self._allocate(payloads)
         if first.what == FREE:
@@ -136,6 +149,11 @@ class Service:
             for kernel in first.payload:
                 _build(kernel, self._environment)
         return dict.fromkeys(asks)
+
+    def _refusal(self, rank: int) -> EPError:
+        """What a rank hears of every later step."""
+        you = f"; rank {rank} is this one, and came too late" if rank in self._absent else ""
+        return EPError(f"these simulated ranks cannot go on: {self._failed_because}{you}; build a new buffer")
 
     def _allocate(self, sizes: Mapping[int, int]) -> Mapping[int, tuple[int, ...]]:
         if len(set(sizes.values())) > 1:
@@ -186,13 +204,15 @@ class SimulatedMachine:
 
     def __init__(self, group: dist.ProcessGroup, environment: Environment, limits: Limits) -> None:
         self.rank, self.num_ranks = group.rank(), group.size()
+        self.gone: Mapping[int, str] = {}
         self._limits = limits
         self._windows: list[SimulatedWindow] = []
         self._words: list[SimulatedWords] = []
         self._closed_because = ""
         self._meeting = Meeting(group, limits)
         self._service: Service | None = None  # on rank 0 only
-        self._end_host: Callable[[], Any] = lambda: None
+        self._host: Host | None = None
+        self._leave_host: Callable[[], Any] = lambda: None
         self._line = self._connect(environment)
 
     def _connect(self, environment: Environment) -> Line:
@@ -203,14 +223,15 @@ class SimulatedMachine:
         try:
             if self.rank == 0:
                 self._service = Service(self.num_ranks, environment)
-                host = Host(self.num_ranks, self._service, self._limits.host_s)
-                address = host.address
+                self._host = Host(self.num_ranks, self._service, self._limits.host_s, self._service.world.close)
+                address = self._host.address
                 # Whoever forgets to close the machine must not leave a process behind.
-                self._end_host = weakref.finalize(self, end, host, self._service)
+                longest_s = max(self._limits.host_s, self._limits.kernel_s)
+                self._leave_host = weakref.finalize(self, self._host.leave, longest_s)
         except Exception as error:
             problem = error
         raise_together(problem, self.all_gather_object)
-        return Line(self.all_gather_object(address, "to find rank 0")[0], self.rank)
+        return Line(self.all_gather_object(address, "to connect with rank 0")[0], self.rank)
 
     def allocate_window(self, num_bytes: int) -> SimulatedWindow:
         addresses = self._ask(Ask(ALLOCATE, num_bytes, self._limits.host_s))
@@ -254,7 +275,7 @@ class SimulatedMachine:
             part = Failure.of(error)
         try:
             limit_s = self._limits.kernel_s
-            written = self._ask(Ask(LAUNCH, part, limit_s, alone=not meets_peers, detail=kernel.name))
+            done = self._ask(Ask(LAUNCH, part, limit_s, alone=not meets_peers, detail=kernel.name))
         except SimulationError:
             self._end_because("an earlier launch failed, so its counters and flags are in no known state")
             raise
@@ -263,7 +284,8 @@ class SimulatedMachine:
                 raise mistake from None
             raise
         if isinstance(part, Part):  # always: a failure has raised on every rank
-            take_home(part.request.regions, written)
+            self.gone = {**self.gone, **done.gone}
+            take_home(part.request.regions, done.written)
 
     def _is_window(self, address: int) -> bool:
         return any(window.contains(address) for window in self._windows if not window.closed)
@@ -280,7 +302,9 @@ class SimulatedMachine:
     def close(self, *, together: bool = False) -> None:
         self._end_because(self._closed_because or "it was closed")
         self._line.close()
-        self._end_host()
+        self._leave_host()
+        if together and self._host is not None:
+            self._host.join(END_SECONDS)
 
     def _end_because(self, reason: str) -> None:
         """No further step is possible. The host is asked for nothing on the way out: it may be in the midst of another
@@ -304,12 +328,6 @@ class SimulatedMachine:
         if isinstance(answer, Failure):
             raise answer.error()
         return answer
-
-
-def end(host: Host, service: Service) -> None:
-    """Give back what rank 0 has for all."""
-    service.world.close()
-    host.close()
 
 
 @functools.cache

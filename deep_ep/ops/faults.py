@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +47,13 @@ ROUTES = len(SIZES) + 1  # the word behind those
 EPOCH_BITS = 20  # of the number of routes
 
 
-def check_fault(words: torch.Tensor, rank: int) -> None:
+def check_fault(words: torch.Tensor, rank: int, gone: Mapping[int, str]) -> None:
     """Raise what a kernel recorded.
 
     Args:
         words: int32 on the CPU, the memory of a FaultRecord.
         rank: of this process, for the message.
+        gone: what is known of peers that cannot come.
 
     Raises:
         EPTimeoutError: a wait of a kernel timed out.
@@ -66,8 +68,8 @@ def check_fault(words: torch.Tensor, rank: int) -> None:
             "and handles. Destroy this buffer on every rank and build a new one"
         )
     raise EPTimeoutError(
-        f"rank {rank} {describe_wait(fault)}. {reason(fault)}. Every rank must make the same calls in the same order. "
-        "Destroy this buffer on every rank and build a new one; num_gpu_timeout_secs sets the limit",
+        f"rank {rank} {describe_wait(fault)}. {reason(fault, gone)}. Every rank must make the same calls in the same "
+        "order. Destroy this buffer on every rank and build a new one; num_gpu_timeout_secs sets the limit",
         WaitReport(
             rank=rank,
             phase=phase_of(fault).partition(":")[0],
@@ -112,10 +114,12 @@ def describe_wait(fault: FaultRecord) -> str:
     )
 
 
-def reason(fault: FaultRecord) -> str:
+def reason(fault: FaultRecord, gone: Mapping[int, str]) -> str:
     """What may be the matter with the peer."""
     if fault.phase in LOCAL:
         return "No peer is to blame for that: something else held up this GPU"
+    if fault.peer in gone:
+        return f"Rank {fault.peer} {gone[fault.peer]}: simulated ranks learn that at once, and wait in virtual time"
     return f"Rank {fault.peer} {WHY.get(fault.phase, LATE)}; its own error or log says which"
 
 

@@ -117,6 +117,7 @@ def wrong_x(t: Table) -> Iterator[Mistake]:
     yield t.mistake(ValueError, "x has rows of 12 x 2 bytes", x=t.bf16(TOKENS, 12))
     yield t.mistake(ValueError, "x has rows of 0 x 2 bytes", x=t.bf16(TOKENS, 0))
     yield t.mistake(ValueError, "x must have contiguous rows, but its strides are (1, 6)", x=t.bf16(HIDDEN, TOKENS).t())
+    yield t.mistake(ValueError, "x must have contiguous rows", x=t.bf16(0, 2 * HIDDEN)[:, ::2], topk_idx=t.topk_idx[:0])
     yield t.mistake(ValueError, "x has a row stride of 68 x 2 bytes", x=t.bf16(TOKENS, 68)[:, :HIDDEN])
     yield t.mistake(ValueError, "x has a row stride of 0 x 2 bytes", x=t.bf16(1, HIDDEN).expand(TOKENS, HIDDEN))
     yield t.mistake(ValueError, "x starts at an address", x=t.bf16(TOKENS, 72)[:, 4:68])
@@ -130,10 +131,11 @@ def wrong_fp8(t: Table) -> Iterator[Mistake]:
     yield t.mistake(TypeError, "x is torch.float8_e4m3fn and has no scale factors; pass x as (x8, sf)", x=x8)
     yield t.mistake(ValueError, "x must be a tensor or a pair (x8, sf), but it has 3 elements", x=(x8, sf, sf))
     yield t.mistake(ValueError, "x must be a tensor or a pair (x8, sf), but it has 1 elements", x=[x8])
-    yield t.mistake(TypeError, "x[0] must be torch.float8_e4m3fn, but it is torch.bfloat16", x=(t.x, sf))
+    text = "x[0] must be torch.float8_e4m3fn, but it is torch.bfloat16; deep_ep.utils.per_token_cast_to_fp8(x) makes"
+    yield t.mistake(TypeError, text, x=(t.x, sf))
     yield t.mistake(TypeError, "x[0] must be a torch.Tensor [T, H] of torch.float8_e4m3fn", x=(None, sf))
     yield t.mistake(ValueError, "x[0] has rows of 24 x 1 bytes", x=(x8[:, :24], sf))
-    yield t.mistake(TypeError, "x[1] must be torch.float32, but it is torch.float16", x=(x8, sf.half()))
+    yield t.mistake(TypeError, "x[1] must be torch.float32 or torch.int32, but it is torch.float16", x=(x8, sf.half()))
     yield t.mistake(TypeError, "x[1] must be a torch.Tensor [T, P] of torch.float32, but it is a float", x=(x8, 1.0))
     yield t.mistake(ValueError, "x[1] must be [T, P], but its shape is [6]", x=(x8, sf[:, 0]))
     yield t.mistake(ValueError, "x[1] has 5 rows but x[0] has 6", x=(x8, sf[:5]))
@@ -182,6 +184,17 @@ def wrong_sizes(t: Table) -> Iterator[Mistake]:
     yield t.mistake(TypeError, "expert_alignment must be an int, but it is a float", expert_alignment=8.0)
     yield t.mistake(ValueError, "num_sms must be at least 0, but it is -1", num_sms=-1)
     yield t.mistake(TypeError, "num_sms must be an int, but it is a str", num_sms="4")
+    for call in (t.mistake, t.again, t.combining):
+        yield call(ValueError, "num_qps must be at least 0, but it is -1", num_qps=-1)
+        yield call(TypeError, "num_qps must be an int, but it is a str", num_qps="a")
+        for name in ("async_with_compute_stream", "allocate_on_comm_stream"):
+            yield call(TypeError, f"{name} must be True or False, but it is 'x'", **{name: "x"})
+    for name in ("do_handle_copy", "do_cpu_sync", "do_expand", "do_zero_padding", "use_tma_aligned_col_major_sf"):
+        yield t.mistake(TypeError, f"{name} must be True or False, but it is 2", **{name: 2})
+        yield t.again(TypeError, f"{name} must be True or False, but it is 'yes'", **{name: "yes"})
+    for name in ("use_comm_stream", "with_cpu_sync", "sequential"):
+        meet = functools.partial(t.buffer.barrier, **{name: 1})
+        yield Mistake(meet, f"barrier({name}=1)", TypeError, f"{name} must be True or False, but it is 1")
     stats, name = (
         torch.zeros(EXPERTS // NUM_RANKS, dtype=torch.int32, device=t.device),
         "cumulative_local_expert_recv_stats",
@@ -263,6 +276,7 @@ def wrong_combines(t: Table, of_one_rank: ElasticBuffer, larger: ElasticBuffer) 
     yield t.combining(ValueError, text, x=other_x, handle=other, topk_weights=None)
     yield t.combining(TypeError, "topk_weights must be torch.float32", topk_weights=weights.bfloat16())
     yield t.combining(ValueError, f"topk_weights must be [{rows}, 3]", topk_weights=weights[:-1])
+    yield t.combining(ValueError, "topk_weights must be [N, K], but its shape is", topk_weights=weights[0])
     yield t.combining(ValueError, f"topk_weights must be on {t.device}", topk_weights=weights.to("meta"))
     yield t.combining(ValueError, "bias must be [6, 64], but its shape is [5, 64]", bias=bias[:5])
     yield t.combining(TypeError, "bias must be torch.bfloat16, but it is torch.float32", bias=bias.float())
@@ -316,6 +330,20 @@ def wrong_buffers(t: Table) -> Iterator[Mistake]:
     yield t.building(ValueError, "num_max_tokens_per_rank must be at least 0, but it is -1", num_max_tokens_per_rank=-1)
     yield t.building(ValueError, "hidden must be at least 1, but it is 0; or pass num_bytes", hidden=0)
     yield t.building(TypeError, "hidden must be an int, but it is a float", hidden=64.0)
+    yield t.building(ValueError, "hidden must be a multiple of 8, for rows of 16-byte pieces, but it is 7", hidden=7)
+    yield t.building(ValueError, "num_cpu_bytes must be at least 0, but it is -3", num_cpu_bytes=-3)
+    yield t.building(ValueError, "num_allocated_qps must be at least 0, but it is -1", num_allocated_qps=-1)
+    yield t.building(ValueError, "sl_idx must be from 0 to 15, but it is 16", sl_idx=16)
+    yield t.building(TypeError, "sl_idx must be an int, but it is a str", sl_idx="3")
+    for name in (
+        "use_fp8_dispatch",
+        "deterministic",
+        "allow_hybrid_mode",
+        "allow_multiple_reduction",
+        "prefer_overlap_with_compute",
+        "explicitly_destroy",
+    ):
+        yield t.building(TypeError, f"{name} must be True or False, but it is 'no'", **{name: "no"})
     yield t.building(ValueError, "num_topk must be from 0 to 32, but it is 33", num_topk=33)
     yield t.building(ValueError, "num_bytes must be a positive multiple of 2 MiB", num_bytes=(2 << 20) + 1)
     yield t.building(ValueError, "num_bytes must be at least", num_bytes=2 << 20)

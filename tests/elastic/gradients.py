@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -240,6 +241,29 @@ def compiled(buffer: ElasticBuffer, device: torch.device, backend: str) -> None:
             )
 
 
+def refused(buffer: ElasticBuffer, device: torch.device, backend: str) -> None:
+    """A whole graph in which the host would wait; the message says what to do."""
+    layer = Layer.draw(8, buffer.num_ranks, exact=True)
+    trainee = Trainee.of(layer, buffer, device)
+    torch._dynamo.reset()
+    forward = torch.compile(moe, backend=backend, fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"deep_ep\.autograd\.dispatch takes do_cpu_sync=False"):
+        forward(buffer, tuple(trainee.leaves.values()), trainee.topk_idx, True, True, False)
+
+
+def contradicted(buffer: ElasticBuffer, device: torch.device, backend: str) -> None:
+    """By an argument, where it is traced."""
+    x = torch.zeros(2, HIDDEN, dtype=torch.bfloat16, device=device)
+    idx = torch.zeros(2, 1, dtype=deep_ep.topk_idx_t, device=device)
+    handle = buffer.dispatch(x, idx, num_experts=LOCAL * buffer.num_ranks)[3]
+    torch._dynamo.reset()
+    again = torch.compile(autograd.dispatch, backend=backend)
+    recv_x, *_ = again(buffer, x, handle=handle, expert_alignment=1)
+    assert len(recv_x) == handle.num_recv_tokens
+    with pytest.raises(ValueError, match="expert_alignment is 4 but the handle's dispatch had 1"):
+        again(buffer, x, handle=handle, expert_alignment=4)
+
+
 def compiled_by_a_handle(buffer: ElasticBuffer, device: torch.device, backend: str) -> None:
     layer = Layer.draw(7, buffer.num_ranks, exact=True)
     trainee = Trainee.of(layer, buffer, device)
@@ -257,7 +281,7 @@ def compiled_by_a_handle(buffer: ElasticBuffer, device: torch.device, backend: s
 
 
 EAGER = (eager, by_a_handle, checkpointed)
-COMPILED = (compiled, compiled_by_a_handle)
+COMPILED = (compiled, refused, contradicted, compiled_by_a_handle)
 
 
 def main() -> int:

@@ -113,6 +113,7 @@ def test_says_what_is_wrong(tmp_path: Path) -> None:
         ((no_bar,), "cannot be imported: pip install '.[examples]', or use --plain"),
         ((DECODE, "--ranks", "3"), "--ranks 3 does not divide the model's 8 experts"),
         ((DECODE, "--model", str(tmp_path / "none")), "is not a file; train_moe.py --save"),
+        ((DECODE, "--model", "README.md"), "README.md is not what train_moe.py --save has left (UnpicklingError)"),
     ):
         done = run(*command)
         assert done.returncode == 2, done.stdout + done.stderr

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.elastic import mishaps
+from tests.elastic import lives, mishaps
 from tests.elastic.ranks import torchrun
 
 
@@ -42,6 +42,12 @@ def test_indices_of_32_bits() -> None:
 def test_ways_of_use() -> None:
     """Subgroups, several buffers, gaps between rows, streams and events, handles used again (ways.py)."""
     torchrun(3, "tests.elastic.ways").check()
+
+
+def test_lives() -> None:
+    """Buffers that go on one rank before they do on others (lives.py)."""
+    output = torchrun(2, "tests.elastic.lives").check()
+    assert output.count(": OK") == len(lives.LIVES), output
 
 
 @pytest.mark.slow

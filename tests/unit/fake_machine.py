@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class FakeMachine:
     name, device, comm_stream = "simulated", torch.device("cpu"), None
     num_sms, shared_bytes_per_block = 4, 232448
     wire_gbs: float | None = None
+    gone: Mapping[int, str] = {}
     launches_finish = False
 
     def __init__(self) -> None:

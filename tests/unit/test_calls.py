@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -189,3 +190,43 @@ def test_attributes(buffer: ElasticBuffer) -> None:
         assert getattr(buffer, name) is True
     assert buffer.deterministic is buffer.explicitly_destroy is False
     assert buffer.num_allocated_qps == buffer.get_theoretical_num_qps(24) == 0
+
+
+def test_handles_are_themselves_and_nothing_else(buffer: ElasticBuffer) -> None:
+    """Their tensors could not be compared with ==; and whoever keeps them by layer wants to hash them."""
+    one, other = (dispatch(buffer, do_cpu_sync=False) for _ in range(2))
+    assert one == one
+    assert one != other
+    assert len({one, other, one}) == 2
+
+
+# Threads
+
+
+def test_a_call_waits_for_that_of_another_thread(buffer: ElasticBuffer, machine: FakeMachine) -> None:
+    """And looks again then at whether the buffer can still be used."""
+    entered, goes_on, errors = threading.Event(), threading.Event(), list[str]()
+
+    def kernel() -> None:
+        entered.set()
+        assert goes_on.wait(20)
+        buffer.destroy()
+
+    def call() -> None:
+        try:
+            dispatch(buffer, do_cpu_sync=False)
+        except ValueError as error:
+            errors.append(str(error))
+
+    machine.on_launch = kernel
+    first, second = threading.Thread(target=call), threading.Thread(target=call)
+    first.start()
+    assert entered.wait(20)
+    second.start()
+    second.join(0.1)
+    assert second.is_alive()
+    goes_on.set()
+    first.join()
+    second.join()
+    assert len(machine.launches) == 1
+    assert errors == ["this buffer was destroyed; build a new ElasticBuffer"]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
 import logging
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +28,12 @@ def parked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dropped.Dropped]]:
     monkeypatch.setattr(dropped, "PARKED", own)
     yield own
     gc.collect()
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, buffer: ElasticBuffer) -> None:
+        super().__init__()
+        self.buffer = buffer
 
 
 def drop(machine: FakeMachine) -> None:
@@ -199,3 +209,42 @@ def test_closing_hides_no_error(machine: FakeMachine, monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "close", fail)
     with pytest.raises(EPError, match="does not compile"):
         build()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_there_are_no_copies_of_a_buffer(machine: FakeMachine, duplicate: Callable[[Any], Any]) -> None:
+    """A half of one would end the other's memory when it goes."""
+    buffer = build()
+    for holder in (buffer, [buffer], Holder(buffer)):
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled: .* share the one, or build another"):
+            copy.deepcopy(holder) if duplicate is copy.copy and holder is not buffer else duplicate(holder)
+    gc.collect()
+    assert (machine.num_closed, machine.window.closed) == (0, False)
+    dispatch(buffer, do_cpu_sync=False)
+
+
+# In a forked child
+
+
+@pytest.mark.parametrize("launches_finish", [True, False], ids=["simulated", "cuda"])
+def test_a_forked_child_frees_nothing(machine: FakeMachine, launches_finish: bool) -> None:
+    """Neither what it has a copy of, nor what the parent has parked; and it cannot call."""
+    machine.launches_finish = launches_finish
+    buffer, other = build(), build()
+    if not launches_finish:
+        del other
+        gc.collect()
+    child = os.fork()
+    if child == 0:
+        problem = 1
+        with contextlib.suppress(BaseException):
+            with pytest.raises(ValueError, match="of which this one is a fork: it cannot be used here"):
+                dispatch(buffer)
+            buffer.destroy()
+            del buffer
+            gc.collect()
+            dropped.free_parked()
+            problem = machine.num_closed + machine.num_meetings + int(machine.window.closed)
+        os._exit(problem)
+    assert os.waitpid(child, 0)[1] == 0
+    dispatch(buffer, do_cpu_sync=False)

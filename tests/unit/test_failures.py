@@ -117,6 +117,23 @@ def test_a_broken_buffer_does_not_wait_long_to_be_destroyed(machine: FakeMachine
     assert machine.meeting_limit_s is None
 
 
+def test_nor_does_one_that_is_destroyed_while_an_error_is_on_its_way(machine: FakeMachine) -> None:
+    """Peers may be in a call that this rank will not make."""
+
+    def work() -> None:
+        buffer = build()
+        try:
+            raise ArithmeticError("of the user's own")
+        finally:
+            buffer.destroy()
+
+    with pytest.raises(ArithmeticError, match="of the user's own"):
+        work()
+    assert machine.meeting_limit_s == endpoint.BROKEN_SECONDS
+    build().destroy()
+    assert machine.meeting_limit_s is None
+
+
 @pytest.mark.parametrize("do_cpu_sync", [False, True])
 def test_a_fault_breaks_the_buffer(buffer: ElasticBuffer, machine: FakeMachine, do_cpu_sync: bool) -> None:
     """Told at once where the host waits, else by the next call; and no later call is let through."""

@@ -43,13 +43,13 @@ def fault_of(phase: int, state: int = READABLE) -> FaultRecord:
 
 @pytest.mark.parametrize("state", [0, 1])
 def test_nothing_is_raised_before_the_record_is_whole(state: int) -> None:
-    check_fault(words_of(fault_of(phase=3, state=state)), rank=0)
+    check_fault(words_of(fault_of(phase=3, state=state)), rank=0, gone={})
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_says_who_waited_for_whom_where_and_how_long(phase: int) -> None:
     with pytest.raises(EPTimeoutError) as caught:
-        check_fault(words_of(fault_of(phase)), rank=5)
+        check_fault(words_of(fault_of(phase)), rank=5, gone={})
     text = str(caught.value)
     name = PHASES[phase].partition(":")[0]
     assert text.startswith(f"rank 5 waited 10.5 s in {name}: for ")
@@ -62,7 +62,7 @@ def test_says_who_waited_for_whom_where_and_how_long(phase: int) -> None:
 
 def test_a_phase_without_a_name_is_still_told() -> None:
     with pytest.raises(EPTimeoutError, match="in phase 99: for rank 1"):
-        check_fault(words_of(fault_of(99)), rank=0)
+        check_fault(words_of(fault_of(99)), rank=0, gone={})
 
 
 def test_every_phase_of_the_headers_has_words() -> None:
@@ -83,7 +83,7 @@ def test_every_word_of_a_plan_has_words() -> None:
 def differing(item: int, ours: int, theirs: int) -> str:
     fault = FaultRecord(state=READABLE, phase=DIFFER | item << 8, peer=3, expected=ours, seen=theirs)
     with pytest.raises(EPError) as caught:
-        check_fault(words_of(fault), rank=1)
+        check_fault(words_of(fault), rank=1, gone={})
     assert not isinstance(caught.value, EPTimeoutError)
     text = str(caught.value)
     assert "Every rank must make the same calls in the same order, with the same sizes and handles." in text

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "later": set(),
     "buffer": PURE | {"calls", "machine", "handle", "event", "validate", "later"},
     "fp8": set(),
-    "autograd": {"buffer", "handle", "plan"},
+    "autograd": {"buffer", "handle", "plan", "validate"},
     "utils": {"event", "fp8"},
     "version": set(),
     "__init__": {"buffer", "handle", "event", "validate", "errors", "version"},
