@@ -130,6 +130,7 @@ class ThreadMachine:
     wire_gbs: float | None = None
     comm_stream = None
     launches_finish = False
+    gone: Mapping[int, str] = {}
 
     def __init__(self, group: Group, ranks: Ranks) -> None:
         group.machine = self
