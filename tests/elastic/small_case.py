@@ -8,6 +8,7 @@ Uses GPUs if there are any, else simulated ranks. Ends with 0 if every result is
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 
 import torch
@@ -17,6 +18,7 @@ from tests.elastic import ranks, worker
 
 LARGEST, LONGEST = 5, 136  # tokens of a rank, values of a row
 PATIENCE = 120  # seconds that a kernel waits for a peer, which the tool makes slow as well
+STALLED = 80  # seconds after which each rank says where it is, so that a tool's hang is not a riddle
 
 
 def main() -> int:
@@ -24,6 +26,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=40, help="so many of the covering set; the first ones hold most")
     parser.add_argument("--first", type=int, default=0, help="from this one on")
     arguments = parser.parse_args()
+    faulthandler.dump_traceback_later(STALLED, repeat=True)
     machine = "cuda" if torch.cuda.is_available() else "simulated"
     group, device = ranks.join(machine)
     # As many scale factors as a case may have go beside rows that are this short.
