@@ -49,6 +49,7 @@ class Bug:
         stories: which are told: round trips, and all that is said above goes for these; barriers, or mishaps.
         num_seeds: within which it must be noticed.
         race_detector: whether it takes one; without, a seed takes a fifth of the time.
+        beside: file, old and new text of what is no bug by itself and makes this one show.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Bug:
     stories: str = "trips"
     num_seeds: int = MAX_SEEDS
     race_detector: bool = True
+    beside: tuple[str, str, str] | None = None
 
 
 SUMS = combines.Options(expanded=True, multiple_reduction=True)
@@ -201,8 +203,13 @@ BUGS = (
         "0 *",
         DEADLOCK,
         num_tokens=0,
-        num_seeds=2500,
         race_detector=False,
+        # One who asks late: the peer, of whom nothing comes, may have begun the next call by then.
+        beside=(
+            "kernels/dispatch.cuh",
+            "  const bool all_agree = agree(",
+            "  for (int i = 0; counts && i < 2000; ++i) device::sync_warp();\n  const bool all_agree = agree(",
+        ),
     ),
     Bug("enter-unadmitted", "phases/admit.cuh", "seen == epoch ? epoch - 1 : seen;", "epoch - 1 + 0 * seen;", RACE),
     Bug("combine-unadmitted", "kernels/combine.cuh",
@@ -239,14 +246,19 @@ def patched_toolchain(folder: Path, bug: Bug | None) -> PatchedGxx:
     include = folder / "deep_ep" / "include"
     shutil.copytree(INCLUDE_DIR, include)
     if bug is not None:
-        path = include / "deep_ep" / bug.file
-        text = path.read_text()
-        count = text.count(bug.old)
-        if count != bug.times:
-            raise ValueError(f"{bug.name}: this stands {count} times in {bug.file}, not {bug.times}:\n{bug.old}")
-        path.write_text(text.replace(bug.old, bug.new))
+        _patch(include, bug.name, bug.file, bug.old, bug.new, bug.times)
+        if bug.beside is not None:
+            _patch(include, bug.name, *bug.beside, times=1)
     race_detector = bug is None or bug.race_detector
     return PatchedGxx(race_detector=race_detector, include=include, more_include_dirs=(barriers.KERNELS,))
+
+
+def _patch(include: Path, name: str, file: str, old: str, new: str, times: int) -> None:
+    path = include / "deep_ep" / file
+    text = path.read_text()
+    if (count := text.count(old)) != times:
+        raise ValueError(f"{name}: this stands {count} times in {file}, not {times}:\n{old}")
+    path.write_text(text.replace(old, new))
 
 
 def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms: int) -> swarm.Story:

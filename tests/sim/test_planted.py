@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def test_nothing_is_noticed_where_nothing_is_planted(
 ) -> None:
     toolchain = planted.patched_toolchain(tmp_path, None)
     assert planted.find_error(toolchain, num_tokens, combining, num_sms, NUM_CONTROLS) == (NUM_CONTROLS, "")
+
+
+@pytest.mark.parametrize("bug", [bug for bug in planted.BUGS if bug.beside], ids=lambda bug: bug.name)
+def test_what_makes_a_bug_show_is_none(tmp_path: Path, bug: planted.Bug) -> None:
+    toolchain = planted.patched_toolchain(tmp_path, replace(bug, new=bug.old))
+    assert planted.find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, NUM_CONTROLS) == (NUM_CONTROLS, "")
 
 
 def test_every_phase_has_a_bug() -> None:
