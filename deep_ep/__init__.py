@@ -3,6 +3,7 @@
 import importlib
 from types import ModuleType
 
+from deep_ep.ahead import precompile
 from deep_ep.buffer import ElasticBuffer, get_logical_domain_size, get_physical_domain_size
 from deep_ep.errors import EPCompileError, EPEnvironmentError, EPError, EPTimeoutError, EPTopologyError
 from deep_ep.event import EventHandle, EventOverlap
@@ -31,5 +32,6 @@ __all__ = [
     "__version__",
     "get_logical_domain_size",
     "get_physical_domain_size",
+    "precompile",
     "topk_idx_t",
 ]

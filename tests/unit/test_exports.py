@@ -127,6 +127,7 @@ def test_static(name: str) -> None:
 
 def test_exports() -> None:
     assert set(deep_ep.__all__) == {
+        "precompile",
         "ElasticBuffer",
         "EPHandle",
         "EventOverlap",

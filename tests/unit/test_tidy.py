@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "autograd": {"buffer", "handle", "plan", "validate"},
     "utils": {"event", "fp8"},
     "version": set(),
-    "__init__": {"buffer", "handle", "event", "validate", "errors", "version"},
+    "ahead": {"environment", "errors", "jit", "ops"},
+    "__init__": {"ahead", "buffer", "handle", "event", "validate", "errors", "version"},
 }
 
 # Folder of headers -> what its headers may include, as prefixes of a path below include/deep_ep.
