@@ -57,8 +57,13 @@ class EPHandle:
     """Its tensors, once it was seen to be right. Nobody can set it, so it stays so."""
 
     def __init__(self, **values: Any) -> None:
-        """Every field by name. The package alone makes handles, one in most calls: so in one go, past __setattr__."""
-        self.__dict__.update(values, _kept=None)
+        """Every field by name. The package alone makes handles, one in most calls."""
+        self._set(**values, _kept=None)
+
+    def _set(self, **values: Any) -> None:
+        """Past __setattr__, and as torch.compile can follow it: that of torch 2.11 knows no __dict__.update()."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED:
@@ -68,7 +73,7 @@ class EPHandle:
     def turn_to(self, do_expand: bool) -> None:
         """A dispatch has used the handle for this layout: what depends on it follows."""
         ends = self.per_expert_end if do_expand else self.per_expert_aligned
-        self.__dict__.update(do_expand=do_expand, psum_num_recv_tokens_per_expert=ends)
+        self._set(do_expand=do_expand, psum_num_recv_tokens_per_expert=ends)
 
     @property
     def num_topk(self) -> int:
@@ -81,7 +86,7 @@ class EPHandle:
             kept: its tensors, if fewer hold all their memory, or if a stream was told of them.
         """
         tensors = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
-        self.__dict__.update(_kept=kept or Kept(tensors))
+        self._set(_kept=kept or Kept(tensors))
 
     @property
     def is_known(self) -> bool:
