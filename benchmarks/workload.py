@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 import torch.distributed as dist
 
 import deep_ep
+from deep_ep.layout import LINE_BYTES
 from deep_ep.utils import per_token_cast_to_fp8
 
+REGISTERED_BESIDE = 1 << 20  # bytes, for what lies beside the rows of a call
 ALIGNMENT = 128  # of the expanded layout, as grouped GEMMs of FP8 want it
 
 
@@ -51,8 +54,28 @@ class Shape:
     def build(self, group: dist.ProcessGroup) -> deep_ep.ElasticBuffer:
         """A buffer for batches of this shape, or of fewer tokens."""
         return deep_ep.ElasticBuffer(
-            group, num_max_tokens_per_rank=self.tokens, hidden=self.hidden, num_topk=self.topk, explicitly_destroy=True
+            group,
+            num_max_tokens_per_rank=self.tokens,
+            hidden=self.hidden,
+            num_topk=self.topk,
+            explicitly_destroy=True,
+            num_registered_bytes=2 * self.hidden * self.tokens * group.size() + REGISTERED_BESIDE,
         )
+
+
+_ARENAS: weakref.WeakKeyDictionary[deep_ep.ElasticBuffer, torch.Tensor] = weakref.WeakKeyDictionary()
+
+
+def registered(buffer: deep_ep.ElasticBuffer, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Copies in the buffer's registered memory, which one call has for itself at a time."""
+    if buffer not in _ARENAS:
+        _ARENAS[buffer] = buffer.registered_empty([buffer._end().layout["registered"].num_bytes], torch.uint8)
+    copies, begin = [], 0
+    for tensor in tensors:
+        end = begin + tensor.numel() * tensor.element_size()
+        copies.append(_ARENAS[buffer][begin:end].view(tensor.dtype).view(tensor.shape).copy_(tensor))
+        begin = -(-end // LINE_BYTES) * LINE_BYTES
+    return tuple(copies)
 
 
 class Workload:
@@ -108,6 +131,11 @@ def _bf16(workload: Workload, num_sms: int) -> Callable[[], Any]:
     return functools.partial(workload.dispatch, num_sms, workload.x)
 
 
+def _in_place(workload: Workload, num_sms: int) -> Callable[[], Any]:
+    x8 = registered(workload.buffer, *workload.x8)
+    return functools.partial(workload.dispatch, num_sms, x8, zero_copy=True)
+
+
 def _cached(**changes: Any) -> Callable[[Workload, int], Callable[[], Any]]:
     def prepare(workload: Workload, num_sms: int) -> Callable[[], Any]:
         handle = workload.dispatch(num_sms, expert_alignment=ALIGNMENT)[3]
@@ -116,14 +144,16 @@ def _cached(**changes: Any) -> Callable[[Workload, int], Callable[[], Any]]:
     return prepare
 
 
-def _combine(*, expanded: bool) -> Callable[[Workload, int], Callable[[], Any]]:
+def _combine(*, expanded: bool = False, in_place: bool = False) -> Callable[[Workload, int], Callable[[], Any]]:
     """Of rows in exact sizes, as a layer that has waited for them, or of the worst case, has them."""
 
     def prepare(workload: Workload, num_sms: int) -> Callable[[], Any]:
         handle = workload.dispatch(num_sms, expert_alignment=ALIGNMENT, do_expand=expanded, do_cpu_sync=True)[3]
         rows = handle.num_expanded_tokens if expanded else handle.num_recv_tokens
         y = torch.randn(rows, workload.shape.hidden, device=workload.x.device).bfloat16()
-        return functools.partial(workload.buffer.combine, y, handle, num_sms=num_sms)
+        if in_place:
+            (y,) = registered(workload.buffer, y)
+        return functools.partial(workload.buffer.combine, y, handle, num_sms=num_sms, zero_copy=in_place)
 
     return prepare
 
@@ -135,7 +165,9 @@ CALLS = {
     "dispatch, expanded": Timed(_dispatch(**EXPANDED), is_fp8=True),
     "dispatch, cached expanded": Timed(_cached(do_expand=True), is_fp8=True),
     "dispatch, CPU sync": Timed(_dispatch(do_cpu_sync=True), is_fp8=True, captures=False),
+    "dispatch, in place": Timed(_in_place, is_fp8=True),
     "dispatch bf16": Timed(_bf16, is_fp8=False),
-    "combine": Timed(_combine(expanded=False), is_fp8=False),
+    "combine": Timed(_combine(), is_fp8=False),
+    "combine, in place": Timed(_combine(in_place=True), is_fp8=False),
     "combine, expanded": Timed(_combine(expanded=True), is_fp8=False),
 }

@@ -4,7 +4,8 @@ import importlib
 from types import ModuleType
 
 from deep_ep.ahead import precompile
-from deep_ep.buffer import ElasticBuffer, get_logical_domain_size, get_physical_domain_size
+from deep_ep.buffer import ElasticBuffer
+from deep_ep.domains import get_logical_domain_size, get_physical_domain_size
 from deep_ep.errors import EPCompileError, EPEnvironmentError, EPError, EPTimeoutError, EPTopologyError
 from deep_ep.event import EventHandle, EventOverlap
 from deep_ep.handle import EPHandle

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import layout, plan, validate
-from deep_ep.calls import dropped
+from deep_ep.calls import dropped, registered
 from deep_ep.calls.agreement import Settings
 from deep_ep.calls.combine import AskedCombine, CombineResult, check_combine, run_combine
 from deep_ep.calls.dispatch import AskedDispatch, DispatchResult, TokensOrPair, check_dispatch, run_dispatch
 from deep_ep.calls.endpoint import Endpoint
+from deep_ep.domains import size_of
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.later import Later
-from deep_ep.machine import backends_of
 
 logger = logging.getLogger("deep_ep")
 
@@ -35,21 +35,6 @@ def buffer_of(key: int) -> ElasticBuffer:
     if buffer is None:
         raise ValueError("the buffer of this operation is gone: keep it as long as its results and their gradients")
     return buffer
-
-
-def get_physical_domain_size(group: dist.ProcessGroup) -> tuple[int, int]:
-    """(RDMA ranks, NVLink ranks): how a buffer's ranks are connected. Talks to nobody.
-
-    This version serves groups inside one NVLink domain, so it is (1, ranks); building a buffer over any other group is
-    an EPTopologyError.
-    """
-    return 1, _size_of(group)
-
-
-def get_logical_domain_size(group: dist.ProcessGroup, allow_hybrid_mode: bool = True) -> tuple[int, int]:
-    """(scale-out ranks, scale-up ranks): how kernels use the group. Inside one NVLink domain (1, ranks), whether
-    ``allow_hybrid_mode`` or not."""
-    return get_physical_domain_size(group)
 
 
 class ElasticBuffer(Later):
@@ -70,6 +55,7 @@ class ElasticBuffer(Later):
             window that holds the one holds the other.
         num_cpu_timeout_secs, num_gpu_timeout_secs: how long the host, or a kernel, waits for a peer.
         explicitly_destroy: the caller promises to call destroy(); a buffer that is dropped without it is logged.
+        num_registered_bytes: memory for registered_empty(), beside ``num_bytes``; the same on all ranks.
 
     The other settings are accepted as DeepEP V2 has them; results are deterministic whatever ``deterministic`` says.
 
@@ -98,10 +84,11 @@ class ElasticBuffer(Later):
         num_cpu_timeout_secs: float = 300,
         num_gpu_timeout_secs: float = 100,
         explicitly_destroy: bool = False,
+        num_registered_bytes: int = 0,
     ) -> None:
         self._endpoint: Endpoint | None = None  # __del__ may look before there is one
         self.explicitly_destroy = explicitly_destroy
-        num_ranks = _size_of(group)
+        num_ranks = size_of(group)
         validate.are_flags(
             use_fp8_dispatch=use_fp8_dispatch,
             deterministic=deterministic,
@@ -118,6 +105,8 @@ class ElasticBuffer(Later):
             settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
             num_bytes = layout.window_bytes(num_ranks, *settings, allow_multiple_reduction)
         num_bytes = validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
+        most = registered.MOST_BYTES
+        num_registered_bytes = validate.is_count("num_registered_bytes", num_registered_bytes, 0, most)
 
         self.group = group
         self.num_bytes = num_bytes
@@ -129,7 +118,7 @@ class ElasticBuffer(Later):
         self.num_allocated_qps = num_allocated_qps
         cpu_timeout = validate.is_timeout("num_cpu_timeout_secs", num_cpu_timeout_secs)
         gpu_timeout = validate.is_timeout("num_gpu_timeout_secs", num_gpu_timeout_secs)
-        settings_of_all = Settings(num_bytes, num_max_tokens_per_rank, allow_multiple_reduction)
+        settings_of_all = Settings(num_bytes, num_max_tokens_per_rank, allow_multiple_reduction, num_registered_bytes)
         self._endpoint = Endpoint(group, settings_of_all, cpu_timeout, gpu_timeout)
         # What operators of torch know a buffer by, and tracers can read (autograd.py).
         self._key = next(_KEYS)
@@ -163,7 +152,7 @@ class ElasticBuffer(Later):
             allow_multiple_reduction=allow_multiple_reduction,
         )
         settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
-        return layout.window_bytes(_size_of(group), *settings, allow_multiple_reduction)
+        return layout.window_bytes(size_of(group), *settings, allow_multiple_reduction)
 
     @staticmethod
     def capture() -> EventHandle:
@@ -173,8 +162,26 @@ class ElasticBuffer(Later):
     def memory_report(self) -> str:
         """Each region of this rank's window: bytes and purpose, a line each."""
         regions = self._end().layout.regions
-        lines = [f"{region.num_bytes:>14,}  {region.name:<9} {region.purpose}" for region in regions]
-        return "\n".join([*lines, f"{self.num_bytes:>14,}  in all"])
+        lines = [f"{region.num_bytes:>14,}  {region.name:<10} {region.purpose}" for region in regions]
+        return "\n".join([*lines, f"{self._end().layout.total_bytes:>14,}  in all"])
+
+    def registered_empty(self, size: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """A tensor in registered memory, for calls with ``zero_copy``: peers read its rows where they lie, and nobody
+        sends them. Make such tensors once, and use them again in each call: their memory is never taken back while the
+        buffer lives. What it holds is undefined. Talks to nobody.
+
+        A tensor may be written again, by whatever follows in the stream's order, once a call that was given it has
+        ended (``event``, if it was asynchronous); peers have read it then. After destroy() it is an ordinary tensor.
+
+        Args:
+            size: lengths of all dimensions.
+
+        Raises:
+            ValueError, TypeError: an argument, or more bytes than are left of ``num_registered_bytes``.
+        """
+        endpoint = self._usable()
+        with endpoint.owner.turn:
+            return endpoint.registered.empty(size, dtype)
 
     def get_comm_stream(self) -> torch.cuda.Stream | None:
         """The stream that kernels run on; None on simulated ranks."""
@@ -243,6 +250,7 @@ class ElasticBuffer(Later):
         do_expand: bool = False,
         do_zero_padding: bool = False,
         use_tma_aligned_col_major_sf: bool = False,
+        zero_copy: bool = False,
     ) -> DispatchResult:
         """Send every token to each rank that holds one of its experts, once.
 
@@ -273,6 +281,8 @@ class ElasticBuffer(Later):
             do_zero_padding: fill the rows between the groups of the expanded layout with zeros, weights and scale
                 factors too.
             use_tma_aligned_col_major_sf: give received scale factors strides (1, rows aligned to 4), not (P, 1).
+            zero_copy: x (and its scale factors) lie in registered memory (registered_empty), contiguous, and peers read
+                them there. The same on all ranks, as is do_cpu_sync then.
 
         Returns:
             ``(recv_x [N, H], recv_topk_idx [N, K], recv_topk_weights [N, K] or None, handle, event)``, rows ordered by
@@ -305,6 +315,7 @@ class ElasticBuffer(Later):
             do_expand,
             do_zero_padding,
             use_tma_aligned_col_major_sf,
+            zero_copy,
             timing,
         )
         request = check_dispatch(endpoint, asked)
@@ -323,6 +334,7 @@ class ElasticBuffer(Later):
         previous_event_before_epilogue: EventOverlap | EventHandle | None = None,
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
+        zero_copy: bool = False,
     ) -> CombineResult:
         """Send every row home and add the rows of each token.
 
@@ -338,6 +350,8 @@ class ElasticBuffer(Later):
             bias: none, one or a pair of [T, H] bfloat16.
             num_sms: 0 is the handle's; num_qps: accepted.
             previous_event, previous_event_before_epilogue, async_with_compute_stream: as in dispatch.
+            zero_copy: x (and topk_weights) lie in registered memory (registered_empty), contiguous, and peers read them
+                there; rows of the plain layout only. The same on all ranks.
 
         Returns:
             ``(combined_x [T, H] bfloat16, combined_topk_weights [T, K] or None, event)``
@@ -351,7 +365,8 @@ class ElasticBuffer(Later):
             previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
         )
         validate.is_count("num_qps", num_qps, 0)
-        asked = AskedCombine(x, handle, topk_weights, bias, num_sms, timing, self.allow_multiple_reduction)
+        multiple = self.allow_multiple_reduction
+        asked = AskedCombine(x, handle, topk_weights, bias, num_sms, zero_copy, timing, multiple)
         request = check_combine(endpoint, asked)
         with endpoint.owner.turn, endpoint.named("combine"):
             return run_combine(endpoint.usable(), request)
@@ -422,17 +437,6 @@ class ElasticBuffer(Later):
 
     def _usable(self) -> Endpoint:
         return self._end().usable()
-
-
-def _size_of(group: object) -> int:
-    """Ranks of a group that this rank belongs to.
-
-    Raises:
-        ValueError, TypeError: it is no such group.
-    """
-    backends_of(group)
-    assert isinstance(group, dist.ProcessGroup)  # or the line above has raised
-    return group.size()
 
 
 def _settings(num_max_tokens_per_rank: int, hidden: int, num_topk: int) -> tuple[int, int, int]:

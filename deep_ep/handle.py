@@ -58,7 +58,7 @@ class EPHandle:
 
     def __init__(self, **values: Any) -> None:
         """Every field by name. The package alone makes handles, one in most calls."""
-        self._set(**values, _kept=None)
+        self._set(**{**values, "_kept": None})
 
     def _set(self, **values: Any) -> None:
         """Past __setattr__, and as torch.compile can follow it: that of torch 2.11 knows no __dict__.update()."""

@@ -26,6 +26,7 @@ SECTOR_BYTES = 32  # what memory writes at least
 WORD_BYTES = 8  # value and epoch
 MARK_BYTES = 4
 PLAN_WORDS = 7  # what a source says that it calls
+PLACE_WORDS = 2  # and where what it does not send lies
 PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS  # of a block: what it counted
 ARRIVED_SHARE = 128  # one part in so many of a window holds arrival marks, whatever the tokens; two hold routed words
 
@@ -71,13 +72,14 @@ class Record:
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """The regions of a window of ``num_bytes`` that ``num_ranks`` ranks share.
+    """The regions of a window of ``num_bytes`` that ``num_ranks`` ranks share, and registered memory behind them.
 
     Depends on nothing else, so every call of a buffer finds marks and words where earlier calls left them.
     """
 
     num_ranks: int
     num_bytes: int
+    """Without registered memory."""
     regions: tuple[Region, ...]
 
     def digest(self) -> str:
@@ -87,6 +89,12 @@ class WindowLayout:
 
     def __getitem__(self, name: str) -> Region:
         return next(region for region in self.regions if region.name == name)
+
+    @property
+    def total_bytes(self) -> int:
+        """With registered memory: what has to be allocated."""
+        registered = self["registered"]
+        return align(registered.offset + registered.num_bytes, WINDOW_ALIGNMENT)
 
     @property
     def slots_per_source(self) -> int:
@@ -109,11 +117,14 @@ def staged_bytes(num_ranks: int, num_max_tokens: int, record: Record, rows_of_to
 
 def message_words(num_ranks: int) -> int:
     """8-byte words of what a source tells a peer: its tokens, what it calls, and a count for each expert."""
-    return 1 + 2 * PLAN_WORDS + MAX_EXPERTS // num_ranks
+    return 1 + 2 * (PLAN_WORDS + PLACE_WORDS) + MAX_EXPERTS // num_ranks
 
 
-def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
+def window_layout(num_ranks: int, num_bytes: int, num_registered_bytes: int = 0) -> WindowLayout:
     """Divide a window.
+
+    Args:
+        num_registered_bytes: of the user's own tensors, behind all else.
 
     Raises:
         ValueError: it is too small, or not a multiple of 2 MiB.
@@ -146,6 +157,7 @@ def window_layout(num_ranks: int, num_bytes: int) -> WindowLayout:
     regions.append(
         Region("rows", offset, num_bytes - offset, "rows that have come from the peers; labels of all tokens")
     )
+    regions.append(Region("registered", num_bytes, num_registered_bytes, "tensors that peers read in place"))
     return WindowLayout(num_ranks, num_bytes, tuple(regions))
 
 

@@ -65,6 +65,11 @@ class Roles:
         num_counters = max(1, -(-num_tokens // self.tokens_per_counter))
         return Division(num_send_blocks, max(num_send_blocks, num_blocks - num_counters))
 
+    def division_in_place(self, num_blocks: int, num_tokens: int) -> Division:
+        """A launch of both halves in which nobody sends."""
+        num_counters = max(1, -(-num_tokens // self.tokens_per_counter))
+        return Division(0, max(0, num_blocks - num_counters))
+
     def halves(self, num_blocks: int, num_tokens: int, traffic: Traffic) -> list[Division]:
         """A launch that sends, those who count too, and one that receives."""
         first = self.division(num_blocks, num_tokens, traffic).first_count_block if num_blocks > 1 else 0
@@ -116,6 +121,8 @@ class RolesOfMachine:
     """Where senders copy rows."""
     combine_sums: CombineRoles
     """Where senders add rows first."""
+    warps_in_place: int
+    """Of a block of a combine in which nobody sends."""
 
 
 # A GPU hides latency with many warps and large pieces; the simulator pays for each thread.
@@ -130,6 +137,7 @@ ROLES = {
         ),
         combine=CombineRoles(send=Crew(2, 6, 1), num_warps=20, send_share=1.0, heralds=True),
         combine_sums=CombineRoles(send=Crew(5, 2, 1), num_warps=12, send_share=1.0, heralds=False),
+        warps_in_place=16,
     ),
     "simulated": RolesOfMachine(
         dispatch=Roles(
@@ -141,6 +149,7 @@ ROLES = {
         ),
         combine=CombineRoles(send=Crew(1, 3, 2), num_warps=4, send_share=1.0, heralds=True),
         combine_sums=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0, heralds=False),
+        warps_in_place=3,
     ),
 }
 
@@ -152,7 +161,7 @@ def mailboxes_bytes(crew: Crew) -> int:
 
 def tables_bytes(num_experts: int) -> int:
     """Bytes of a dispatch block's tables, as Tables::bytes in include/deep_ep/phases/tables.cuh."""
-    words = 4 + 4 * num_experts + 4 * MAX_RANKS + 4
+    words = 4 + 4 * num_experts + 4 * MAX_RANKS + 4 + 4 * MAX_RANKS
     return align(4 * words, 128)
 
 

@@ -11,7 +11,7 @@ from deep_ep.calls.endpoint import Endpoint, Tensors
 from deep_ep.calls.plans import CombinePlan, CombineShape, plan_combine
 from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import pointer
+from deep_ep.ops.arguments import InPlace, pointer
 from deep_ep.ops.combine import CombineArgs, Return
 
 CombineResult = tuple[torch.Tensor, torch.Tensor | None, EventOverlap]
@@ -25,6 +25,7 @@ class AskedCombine(NamedTuple):
     topk_weights: Any
     bias: Any
     num_sms: Any
+    zero_copy: Any
     timing: Timing
     allow_multiple_reduction: bool  # the buffer's
 
@@ -36,6 +37,7 @@ class CombineRequest(NamedTuple):
     x: torch.Tensor  # [N, H] or [X, H]
     handle: EPHandle
     returned: Return
+    in_place: InPlace | None  # where peers read the rows
     weights: torch.Tensor | None  # [N, K] or [X]
     biases: list[torch.Tensor]  # none, one or two [T, H]
     plan: CombinePlan
@@ -50,6 +52,12 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
     """
     device, handle = endpoint.device, endpoint.own_handle(asked.handle)
     validate.carries_no_gradient("combine", x=asked.x, topk_weights=asked.topk_weights)
+    validate.are_flags(zero_copy=asked.zero_copy)
+    if asked.zero_copy and handle.do_expand:
+        raise ValueError(
+            "zero_copy takes rows of the plain layout, but handle.do_expand is True: expanded rows are added on their "
+            "rank before they travel; leave zero_copy out"
+        )
     dims = "XH" if handle.do_expand else "NH"
     x = validate.is_row_matrix("x", validate.is_tensor("x", asked.x, dims, torch.bfloat16, device))
     (num_tokens, num_topk), hidden = handle.topk_idx.shape, x.shape[1]
@@ -59,9 +67,10 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
         validate.has_rows("x", x, rows, f"the handle's expanded layout has {rows}; pass it whole, padding included")
         weights = validate.is_row_weights(asked.topk_weights, "topk_weights", rows, device)
     else:
-        returned, rows = Return.ROW, handle.num_recv_tokens
+        returned, rows = Return.IN_PLACE if asked.zero_copy else Return.ROW, handle.num_recv_tokens
         validate.has_rows("x", x, rows, f"the handle's dispatch returned {rows}; pass one row for each")
         weights = validate.is_weights(asked.topk_weights, "topk_weights", rows, num_topk, device, "NK")
+    in_place = endpoint.registered.place(("x", x), ("topk_weights", weights)) if asked.zero_copy else None
     biases = validate.biases(asked.bias, num_tokens, hidden, device)
     for added in biases:
         validate.carries_no_gradient("combine", bias=added)
@@ -77,7 +86,7 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
     )
     plan = endpoint.planned(plan_combine, shape)
     validate.is_timing(asked.timing)
-    return CombineRequest(x, handle, returned, weights, biases, plan, asked.timing)
+    return CombineRequest(x, handle, returned, in_place, weights, biases, plan, asked.timing)
 
 
 def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
@@ -90,7 +99,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
         combined_x = x.new_empty((handle.topk_idx.shape[0], x.shape[1]))
         combined_weights = None if weights is None else weights.new_empty(handle.topk_idx.shape)
 
-    metadata = None if request.returned is Return.ROW else handle.recv_src_metadata
+    metadata = handle.recv_src_metadata if handle.do_expand else None
     slots, per_rank = handle.dst_buffer_slot_idx, handle.psum_num_recv_tokens_per_scaleup_rank
     given = (x, request.weights, *request.biases)
     results: Tensors = (combined_x, combined_weights)
@@ -117,6 +126,8 @@ def _arguments(
     args.routing.take(handle.topk_idx)
     args.slots = handle.dst_buffer_slot_idx.data_ptr()
     args.routes = handle.number.data_ptr()
+    if request.in_place is not None:
+        args.in_place = request.in_place
     results, combined = args.results, args.combined
     results.rows.take(request.x)
     results.weights = pointer(weights)

@@ -15,8 +15,10 @@ from deep_ep.calls.plans import DispatchPlan, DispatchShape, plan_dispatch
 from deep_ep.calls.received import Outputs, Routes, Sizes
 from deep_ep.event import CallOrder, EventOverlap, Kept, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.ops.arguments import pointer
-from deep_ep.ops.dispatch import DispatchArgs, Scales
+from deep_ep.ops.arguments import InPlace, pointer
+from deep_ep.ops.dispatch import COPIED, WORD_BYTES, DispatchArgs, Scales
+
+SCALES_COPIED = COPIED // WORD_BYTES  # what the copy engine moves at least
 
 TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 DispatchResult = tuple[TokensOrPair, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]
@@ -40,6 +42,7 @@ class AskedDispatch(NamedTuple):
     do_expand: bool
     do_zero_padding: bool
     use_tma_aligned_col_major_sf: bool
+    zero_copy: bool
     timing: Timing
 
 
@@ -57,6 +60,7 @@ class DispatchRequest(NamedTuple):
     """A dispatch whose arguments are right. T tokens of H elements, K selections each."""
 
     payload: Payload  # [T, H]
+    in_place: InPlace | None  # where peers read it
     routing: RoutingRequest
     weights: torch.Tensor | None  # [T, K]
     stats: torch.Tensor | None  # [L] int32, to be added to
@@ -82,14 +86,17 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         do_expand=asked.do_expand,
         do_zero_padding=asked.do_zero_padding,
         use_tma_aligned_col_major_sf=asked.use_tma_aligned_col_major_sf,
+        zero_copy=asked.zero_copy,
     )
     payload = _check_payload(asked, endpoint.device)
+    in_place = _check_in_place(endpoint, payload) if asked.zero_copy else None
     num_tokens = payload.rows.shape[0]
     check_routing = _check_new_routing if asked.handle is None else _check_known_routing
     routing = check_routing(endpoint, asked, num_tokens)
     num_topk = routing.topk_idx.shape[1]
     weights = validate.is_weights(asked.topk_weights, "topk_weights", num_tokens, num_topk, endpoint.device)
     expand = bool(asked.do_expand)
+    exact_sizes = asked.handle is None and (asked.do_cpu_sync is None or bool(asked.do_cpu_sync))
     shape = DispatchShape(
         num_tokens=layout.align(num_tokens, endpoint.roles.dispatch.tokens_per_counter),
         row_bytes=payload.row_bytes,
@@ -103,13 +110,15 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         has_handle=routing.handle is not None,
         expand=expand,
         zero_padding=bool(asked.do_zero_padding),
+        in_place=in_place is not None,
+        exact_sizes=exact_sizes,
     )
     planned = endpoint.planned(plan_dispatch, shape)
-    exact_sizes = asked.handle is None and (asked.do_cpu_sync is None or asked.do_cpu_sync)
     if exact_sizes:
         endpoint.refuse_capture("do_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
     return DispatchRequest(
         payload=payload,
+        in_place=in_place,
         routing=routing,
         weights=weights,
         stats=validate.is_stats(asked.stats, routing.num_experts // endpoint.num_ranks, endpoint.device),
@@ -165,6 +174,16 @@ def _check_payload(asked: AskedDispatch, device: torch.device) -> Payload:
     return payload
 
 
+def _check_in_place(endpoint: Endpoint, payload: Payload) -> InPlace:
+    in_place = endpoint.registered.place(("x", payload.rows), ("sf", payload.scales))
+    if payload.num_scales % SCALES_COPIED:
+        raise ValueError(
+            f"sf must have a multiple of {SCALES_COPIED} scale factors a token for zero_copy, but its shape is "
+            f"[{payload.rows.shape[0]}, {payload.num_scales}]; pad it, or leave zero_copy out"
+        )
+    return in_place
+
+
 @dataclass(slots=True)
 class Call:
     """A dispatch under way: what its launches have in common."""
@@ -188,6 +207,8 @@ class Call:
         args.stats = pointer(request.stats)
         if payload.scales is not None:
             args.scales = Scales.of(payload.scales)
+        if request.in_place is not None:
+            args.in_place = request.in_place
         return Call(endpoint, request, order, topk_idx, weights, args)
 
     def allocation(self) -> AbstractContextManager[Any]:
@@ -220,7 +241,7 @@ class Call:
                 order=self.order,
                 reads=(payload.rows, payload.scales, self.weights, self.topk_idx, *reads),
                 writes=(self.request.stats, *writes),
-                meets_peers=division.num_send_blocks > 0,
+                meets_peers=division.num_send_blocks > 0 or self.request.in_place is not None,
             )
 
     def end(self, inputs: Tensors, outputs: Tensors, kept: Kept | None = None) -> EventOverlap:

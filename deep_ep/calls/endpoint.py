@@ -15,6 +15,7 @@ from deep_ep import environment, installation, jit, layout, plan, validate
 from deep_ep.calls import dropped
 from deep_ep.calls.agreement import Settings, agree_to_build
 from deep_ep.calls.owner import Owner
+from deep_ep.calls.registered import Registered
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
 from deep_ep.event import NOTHING, CallOrder, EventHandle, LastCall, Timing, looking
 from deep_ep.handle import EPHandle
@@ -67,7 +68,7 @@ class Endpoint:
         self.group_ranks = tuple(dist.get_process_group_ranks(group))
         self.topology = Topology(self.num_ranks, self.rank, self.num_ranks)
         require_one_domain(self.topology, layout.MAX_RANKS)
-        self.layout = layout.window_layout(self.num_ranks, settings.num_bytes)
+        self.layout = layout.window_layout(self.num_ranks, settings.num_bytes, settings.num_registered_bytes)
         self.owner = Owner()
         self._cpu_timeout = cpu_timeout
         self._broken: str | None = None
@@ -88,9 +89,11 @@ class Endpoint:
 
     def _build(self, settings: Settings, gpu_timeout: float) -> None:
         """All that takes a machine. Collective."""
-        self._prepare_together()
+        self._prepare_together(settings.num_registered_bytes > 0)
         number = agree_to_build(self.machine, self.group_ranks, settings, self.layout)
-        self.window = self.machine.allocate_window(settings.num_bytes)
+        self.window = self.machine.allocate_window(self.layout.total_bytes)
+        registered = self.layout["registered"]
+        self.registered = Registered(self.window.part(registered.offset, registered.num_bytes))
         self.device = self.machine.device
         self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
         self._enough_sms = self.theoretical_num_sms(self.nvlink_gbs)
@@ -102,13 +105,13 @@ class Endpoint:
         gave_up = self.window.addresses[self.rank] + layout.GAVE_UP_OFFSET  # control is the first region
         self.patience_argument = Patience(self._fault.address, timeout_ns, notice_ns, gave_up)
 
-    def _prepare_together(self) -> None:
+    def _prepare_together(self, in_place: bool) -> None:
         """Compile, load and allocate what takes no peer, before the first step that does: no rank compiles while others
         wait, and what fails on one rank is told to all."""
         error = None
         try:
             self.roles = plan.ROLES[self.machine.name]
-            self.machine.prepare(all_kernels(self.machine.name))
+            self.machine.prepare(all_kernels(self.machine.name, in_place))
             self._fault = self.machine.host_words(2 * FAULT_WORDS)
             self._counts = self.machine.host_words(HOST_COUNTS + layout.MAX_EXPERTS // self.num_ranks)
         except Exception as caught:

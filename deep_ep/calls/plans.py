@@ -28,13 +28,20 @@ class DispatchShape(NamedTuple):
     has_handle: bool
     expand: bool
     zero_padding: bool
+    in_place: bool
+    exact_sizes: bool
 
     @property
     def plan_flags(self) -> int:
         """What every rank must say alike."""
-        weights = PlanFlag.WEIGHTS if self.has_weights else 0
-        scales = PlanFlag.SCALES if self.num_scales else 0
-        return weights | scales | (PlanFlag.CACHED if self.has_handle else 0)
+        said = {
+            PlanFlag.WEIGHTS: self.has_weights,
+            PlanFlag.CACHED: self.has_handle,
+            PlanFlag.SCALES: self.num_scales > 0,
+            PlanFlag.IN_PLACE: self.in_place,
+            PlanFlag.HALVES: self.in_place and self.exact_sizes,
+        }
+        return sum(flag for flag, is_set in said.items() if is_set)
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,14 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
         receive_stage_bytes=memory.receive.stage_bytes,
         tables_bytes=memory.tables_bytes,
     )
-    kernel = dispatch_kernel(roles, PlacesFrom.HANDLE if shape.has_handle else PlacesFrom.SELECTIONS)
+    kernel = dispatch_kernel(roles, PlacesFrom.HANDLE if shape.has_handle else PlacesFrom.SELECTIONS, shape.in_place)
+    if shape.in_place:
+        whole = [roles.division_in_place(num_blocks, shape.num_tokens)]
+    else:
+        whole = [roles.division(num_blocks, shape.num_tokens, traffic)] if num_blocks > 1 else halves
     return DispatchPlan(
         launch=Launch(kernel, num_blocks, memory.shared_bytes),
-        whole=[roles.division(num_blocks, shape.num_tokens, traffic)] if num_blocks > 1 else halves,
+        whole=whole,
         halves=halves,
         worst=Sizes.worst(shape.max_tokens, num_ranks, shape.num_topk, local_experts, shape.alignment),
         args=args,
@@ -108,8 +119,8 @@ class CombineShape(NamedTuple):
     @property
     def plan_flags(self) -> int:
         """What every rank must say alike."""
-        every_row = PlanFlag.EVERY_ROW if self.returned is Return.EVERY_ROW else 0
-        return every_row | (PlanFlag.WEIGHTS if self.has_weights else 0)
+        ways = {Return.EVERY_ROW: PlanFlag.EVERY_ROW, Return.IN_PLACE: PlanFlag.IN_PLACE}
+        return ways.get(self.returned, 0) | (PlanFlag.WEIGHTS if self.has_weights else 0)
 
 
 @dataclass(frozen=True)
@@ -126,11 +137,9 @@ def plan_combine(endpoint: Endpoint, shape: CombineShape) -> CombinePlan:
     Raises:
         ValueError: the window does not hold what such a combine may send.
     """
-    roles = combine_roles(endpoint.roles, shape.returned)
     rows_of_token = shape.num_topk if shape.returned is Return.EVERY_ROW else None
     record = layout.Record.of_combine(shape.row_bytes, 1 if rows_of_token else shape.num_topk)
     endpoint.require_room(shape.max_tokens, record, rows_of_token)
-    ring = plan.plan_combine(roles, record, endpoint.shared_limit)
     num_blocks = endpoint.num_blocks(shape.num_sms)
     args = CombineArgs(
         window=endpoint.window_argument,
@@ -139,9 +148,12 @@ def plan_combine(endpoint: Endpoint, shape: CombineShape) -> CombinePlan:
         results=Results(record=RecordShape.of(record), num_topk=shape.num_topk),
         combined=Combined(stride=shape.row_bytes),
         plan_flags=shape.plan_flags,
-        num_send_blocks=roles.num_send_blocks(num_blocks),
-        piece_bytes=ring.piece_bytes,
-        stage_bytes=ring.stage_bytes,
     )
-    shared_bytes = plan.mailboxes_bytes(roles.send) + ring.rings_bytes
+    shared_bytes = 0
+    if shape.returned is not Return.IN_PLACE:
+        roles = combine_roles(endpoint.roles, shape.returned)
+        ring = plan.plan_combine(roles, record, endpoint.shared_limit)
+        args.num_send_blocks = roles.num_send_blocks(num_blocks)
+        args.piece_bytes, args.stage_bytes = ring.piece_bytes, ring.stage_bytes
+        shared_bytes = plan.mailboxes_bytes(roles.send) + ring.rings_bytes
     return CombinePlan(Launch(combine_kernel(endpoint.roles, shape.returned), num_blocks, shared_bytes), args)

@@ -27,6 +27,10 @@ class Window(Protocol):
     """The base of every rank's window, by rank, as this rank's kernels see it."""
     num_bytes: int
 
+    def part(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8: a part of this rank's memory, to be used like any other tensor of the device. Peers'
+        kernels see what it held when this rank launched something that reads it."""
+
     def close(self) -> None:
         """Give the memory back. Local, idempotent: the caller has made sure that no rank's kernel uses it any more."""
 

@@ -36,6 +36,10 @@ class CudaWindow:
         self._window, self.addresses = communicator.register(memory)
         self.num_bytes = num_bytes
 
+    def part(self, offset: int, num_bytes: int) -> torch.Tensor:
+        assert self._memory is not None
+        return self._memory[offset : offset + num_bytes]
+
     def close(self) -> None:
         if self._memory is None:
             return

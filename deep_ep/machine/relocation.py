@@ -21,6 +21,21 @@ class Region:
     start: int  # address in the rank's own process
     data: bytes
     writable: bool
+    home: int | None = None  # where it lies in the world; None: anywhere
+
+
+@dataclass(frozen=True)
+class Home:
+    """Memory of a rank's own process that stands for a part of its window."""
+
+    memory: torch.Tensor  # [bytes] uint8
+    address: int  # in the world
+
+    def of(self, start: int, end: int) -> int | None:
+        """The world's address of what lies there in the process; None if that is elsewhere."""
+        offset = start - self.memory.data_ptr()
+        is_here = offset >= 0 and start < end <= self.memory.data_ptr() + self.memory.numel()
+        return self.address + offset if is_here else None
 
 
 @dataclass(frozen=True)
@@ -47,8 +62,12 @@ def pack(
     reads: Sequence[torch.Tensor | None],
     writes: Sequence[torch.Tensor | None],
     is_window: Callable[[int], bool],
+    homes: Sequence[Home] = (),
 ) -> Request:
     """Collect the bytes that a launch works on, and note where the arguments point into them.
+
+    Args:
+        homes: of memory that has a place in the world already, where peers look for it.
 
     Raises:
         ValueError: a pointer leads to neither a tensor of reads or writes nor a window.
@@ -72,7 +91,13 @@ def pack(
             names[span_idx] = path
             pointers.append(Pointer(offset, span_idx, address - starts[span_idx]))
     regions = tuple(
-        Region(name, start, ctypes.string_at(start, end - start), writable)
+        Region(
+            name,
+            start,
+            ctypes.string_at(start, end - start),
+            writable,
+            next((at for home in homes if (at := home.of(start, end)) is not None), None),
+        )
         for name, (start, end, writable) in zip(names, spans, strict=True)
     )
     return Request(bytes(args), tuple(pointers), regions)

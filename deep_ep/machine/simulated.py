@@ -25,7 +25,7 @@ from deep_ep.errors import EPEnvironmentError, EPError, EPTimeoutError, EPTopolo
 from deep_ep.machine import raise_together
 from deep_ep.machine.host import END_SECONDS, LATE, Ask, Host, Line
 from deep_ep.machine.meeting import Limits, Meeting
-from deep_ep.machine.relocation import Region, Request, pack, redirect
+from deep_ep.machine.relocation import Home, Region, Request, pack, redirect
 from deep_ep.machine.world import Launch, SimulationError, World
 
 T = TypeVar("T")
@@ -61,14 +61,21 @@ class Failure:
 class SimulatedWindow:
     """One rank's handle on the windows of all ranks, which live in the world."""
 
-    def __init__(self, addresses: tuple[int, ...], num_bytes: int, line: Line | None) -> None:
+    def __init__(self, addresses: tuple[int, ...], num_bytes: int, line: Line | None, rank: int) -> None:
         self.addresses = addresses
         self.num_bytes = num_bytes
+        self.homes: list[Home] = []
+        self._own = addresses[rank]
         self._line = line  # of rank 0 only, which frees all ranks' windows
         self.closed = False
 
     def contains(self, address: int) -> bool:
         return any(base <= address < base + self.num_bytes for base in self.addresses)
+
+    def part(self, offset: int, num_bytes: int) -> torch.Tensor:
+        memory = torch.zeros(num_bytes, dtype=torch.uint8)
+        self.homes.append(Home(memory, self._own + offset))
+        return memory
 
     def close(self) -> None:
         if self._line is not None and not self.closed:
@@ -235,7 +242,7 @@ class SimulatedMachine:
 
     def allocate_window(self, num_bytes: int) -> SimulatedWindow:
         addresses = self._ask(Ask(ALLOCATE, num_bytes, self._limits.host_s))
-        window = SimulatedWindow(addresses, num_bytes, self._line if self.rank == 0 else None)
+        window = SimulatedWindow(addresses, num_bytes, self._line if self.rank == 0 else None, self.rank)
         self._windows.append(window)
         return window
 
@@ -268,7 +275,7 @@ class SimulatedMachine:
                 raise TypeError(f"{kernel.name} takes a {kernel.args.__name__}, but args is a {type(args).__name__}")
             self._words = [words for words in self._words if not words.closed]
             writes = [*writes, *(words.tensor for words in self._words)]
-            request = pack(kernel.name, args, reads, writes, self._is_window)
+            request = pack(kernel.name, args, reads, writes, self._is_window, homes_of(self._windows))
             part = Part(kernel, num_blocks, shared_bytes, request)
         except (TypeError, ValueError) as error:
             mistake = error
@@ -330,6 +337,11 @@ class SimulatedMachine:
         return answer
 
 
+def homes_of(windows: Iterable[SimulatedWindow]) -> list[Home]:
+    """What a rank's process holds of its windows."""
+    return [home for window in windows if not window.closed for home in window.homes]
+
+
 @functools.cache
 def _build(kernel: jit.Kernel, environment: Environment) -> jit.Built:
     return jit.build(kernel, jit.Gxx(environment=environment))
@@ -368,6 +380,10 @@ class Guest:
         self.addresses = [self._place(region) for region in regions]
 
     def _place(self, region: Region) -> int:
+        if region.home is not None:
+            if region.data:
+                self._world.write(region.home, region.data)
+            return region.home
         skew = region.start % ALIGNMENT
         num_bytes = max(1, skew + len(region.data))
         self._borrowed.append(self._world.allocate(num_bytes, name=f"{region.name} of rank {self.rank}"))

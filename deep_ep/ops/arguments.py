@@ -27,6 +27,7 @@ class Window(ctypes.Structure):
         ("arrived", ctypes.c_uint64),
         ("routed", ctypes.c_uint64),
         ("rows", ctypes.c_uint64),
+        ("registered", ctypes.c_uint64),
     ]
 
     @staticmethod
@@ -43,6 +44,7 @@ class Window(ctypes.Structure):
             arrived=layout["arrived"].offset,
             routed=layout["routed"].offset,
             rows=layout["rows"].offset,
+            registered=layout["registered"].offset,
         )
 
 
@@ -118,6 +120,17 @@ class Rows(ctypes.Structure):
         self.stride = x.stride(0) * x.element_size()
 
 
+class InPlace(ctypes.Structure):
+    """Where rows that peers read lie, in words of 4 bytes from the beginning of the registered memory."""
+
+    _fields_ = [
+        ("rows", ctypes.c_uint32),
+        ("beside", ctypes.c_uint32),
+        ("row_words", ctypes.c_uint32),
+        ("beside_words", ctypes.c_uint32),
+    ]
+
+
 class PlanFlag(enum.IntEnum):
     """What every rank must say alike of a call, beside its sizes (include/deep_ep/wire/plan.cuh)."""
 
@@ -125,6 +138,8 @@ class PlanFlag(enum.IntEnum):
     CACHED = 2
     SCALES = 4
     EVERY_ROW = 8
+    IN_PLACE = 16
+    HALVES = 32
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

@@ -8,7 +8,7 @@ import functools
 from dataclasses import dataclass
 
 from deep_ep.jit import Kernel
-from deep_ep.ops.arguments import Patience, RecordShape, Routing, Rows, Window
+from deep_ep.ops.arguments import InPlace, Patience, RecordShape, Routing, Rows, Window
 from deep_ep.plan import CombineRoles, RolesOfMachine
 
 
@@ -16,6 +16,7 @@ class Return(enum.Enum):
     """What of a token comes home from a rank that it went to."""
 
     ROW = "kRow"  # plain layout: the rank's row
+    IN_PLACE = "kInPlace"  # the same, but nobody sends it: it is read where it lies
     SUM = "kSum"  # expanded layout: the sum of the rank's rows, rounded
     EVERY_ROW = "kEveryRow"  # expanded layout: each of them, in a record of its own
 
@@ -62,6 +63,7 @@ class CombineArgs(ctypes.Structure):
         ("routing", Routing),
         ("slots", ctypes.c_void_p),
         ("results", Results),
+        ("in_place", InPlace),
         ("combined", Combined),
         ("routes", ctypes.c_void_p),
         ("plan_flags", ctypes.c_int32),
@@ -74,6 +76,9 @@ class CombineArgs(ctypes.Structure):
 @functools.cache
 def combine_kernel(roles: RolesOfMachine, returned: Return) -> Kernel:
     """One kernel for all sizes; a launch's ``num_send_blocks`` says in how many blocks warps send."""
+    if returned is Return.IN_PLACE:
+        config = CombineConfig(0, 1, 0, 0, roles.warps_in_place, returned)
+        return Kernel("combine", config, CombineArgs, 32 * roles.warps_in_place)
     division = combine_roles(roles, returned)
     send = division.send
     config = CombineConfig(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from deep_ep.jit import Kernel
-from deep_ep.ops.arguments import Patience, RecordShape, Routing, Rows, Window
+from deep_ep.ops.arguments import InPlace, Patience, RecordShape, Routing, Rows, Window
 from deep_ep.plan import Roles
 
 WORD_BYTES = 4  # of a scale factor
@@ -33,6 +33,7 @@ class DispatchConfig:
     num_receive_stages: int
     num_receive_storing: int
     places_from: PlacesFrom
+    in_place: bool
 
 
 class Scales(ctypes.Structure):
@@ -99,6 +100,7 @@ class DispatchArgs(ctypes.Structure):
         ("weights", ctypes.c_void_p),
         ("scales", Scales),
         ("slots", ctypes.c_void_p),
+        ("in_place", InPlace),
         ("received", Received),
         ("counts", Counts),
         ("kept_idx", ctypes.c_void_p),
@@ -118,7 +120,7 @@ class DispatchArgs(ctypes.Structure):
 
 
 @functools.cache
-def dispatch_kernel(roles: Roles, places_from: PlacesFrom) -> Kernel:
+def dispatch_kernel(roles: Roles, places_from: PlacesFrom, in_place: bool) -> Kernel:
     """One kernel for all sizes; a launch's division (deep_ep/plan.py) says what its blocks do."""
     send, receive = roles.send, roles.receive
     config = DispatchConfig(
@@ -129,5 +131,6 @@ def dispatch_kernel(roles: Roles, places_from: PlacesFrom) -> Kernel:
         num_receive_stages=receive.num_stages,
         num_receive_storing=receive.num_storing,
         places_from=places_from,
+        in_place=in_place,
     )
     return Kernel("dispatch", config, DispatchArgs, roles.num_threads)

@@ -23,13 +23,15 @@ PHASES = {
     5: "reduce: for a partial result of rank {peer}",
     6: "label: for rank {peer} to say which tokens come",
     7: "agree: for rank {peer} to make the same call",
+    9: "find_rows: for rank {peer} to say where its rows lie",
+    10: "await_readers: for rank {peer} to have read this rank's rows in place",
 }
 
 # What the rank that did not come may be doing: who gives up leaves others waiting, so it need not have begun it.
 BEHIND = "has not begun this call: it is late, makes another one, or waits itself in an earlier one"
 LATE = "is late, makes another call, or waits itself for a third rank"
 STUCK = "has begun this call; it waits itself for a third rank, or has given up because this rank came too late"
-WHY = {1: BEHIND, 3: LATE, 4: STUCK, 5: LATE, 6: LATE, 7: BEHIND}
+WHY = {1: BEHIND, 3: LATE, 4: STUCK, 5: LATE, 6: LATE, 7: BEHIND, 9: LATE, 10: STUCK}
 LOCAL = (2,)  # waits for this rank's own blocks
 
 # No wait: a rank called something else. The words of include/deep_ep/wire/plan.cuh, in their order.
@@ -41,6 +43,8 @@ FLAGS = {
     PlanFlag.CACHED: "a handle",
     PlanFlag.SCALES: "scale factors",
     PlanFlag.EVERY_ROW: "expanded rows that are added in one step",
+    PlanFlag.IN_PLACE: "zero_copy",
+    PlanFlag.HALVES: "do_cpu_sync",
 }
 SIZES = ("num_experts", "num_max_tokens_per_rank", "bytes of a row", "bytes beside a row")
 ROUTES = len(SIZES) + 1  # the word behind those

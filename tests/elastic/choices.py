@@ -42,6 +42,7 @@ SPACE: Space = {
     "row_units": Parameter((ANY, 1, 3, 17, LONGEST)),  # of 16 bytes
     "row_gaps": Parameter(YES_OR_NO),
     "layout": Parameter(((False, False), (True, True), (True, False), (False, True))),  # do_expand, do_zero_padding
+    "zero_copy": Parameter(YES_OR_NO),
     "with_weights": Parameter((True, False)),
     "with_stats": Parameter(YES_OR_NO),
     "previous_event": Parameter(SOME_EVENT),
@@ -53,6 +54,7 @@ SPACE: Space = {
     "returned_units": Parameter((ANY, 1, 3, 17, LONGEST)),
     "returned_gaps": Parameter(YES_OR_NO),
     "returned_weights": Parameter((True, False)),
+    "returned_zero_copy": Parameter(YES_OR_NO, owner="returned", owner_values=((False, True), (False, False))),
     "num_biases": Parameter((0, 1, 2)),
     "returning_sms": Parameter((0, 1, 4)),
     "returning_previous_event": Parameter(SOME_EVENT),

@@ -9,7 +9,7 @@ import torch
 
 import deep_ep
 from tests import oracle
-from tests.elastic import timings
+from tests.elastic import registered, timings
 from tests.elastic.covering import Row
 from tests.elastic.dispatches import same, with_gaps
 
@@ -29,6 +29,7 @@ class Options:
     multiple_reduction: bool = True
     row_gaps: bool = False
     num_sms: int = 0
+    zero_copy: bool = False
     timing: timings.Timing = timings.AT_ONCE
 
     @staticmethod
@@ -41,7 +42,14 @@ class Options:
             row["returning_asynchronous"],
             row["returning_on_comm_stream"],
         )
-        return Options(expanded, multiple_reduction, row["returned_gaps"], row["returning_sms"], timing)
+        return Options(
+            expanded,
+            multiple_reduction,
+            row["returned_gaps"],
+            row["returning_sms"],
+            row.get("returned_zero_copy", False),
+            timing,
+        )
 
 
 PLAIN = Options()
@@ -106,7 +114,10 @@ class Combine:
         rows = [self._padded(self.outputs[self.rank], handle), *self.biases]
         given = [with_gaps(each.to(device)) if self.options.row_gaps else each.to(device) for each in rows]
         weights = self._padded(self.out_weights[self.rank], handle).to(device) if self.with_weights else None
-        weights, x, *biases = self.moment.late(weights, *given)
+        homes: list[torch.Tensor | None] = []
+        if self.options.zero_copy:
+            homes = [None if each is None else registered.like(buffer, each) for each in (weights, given[0])]
+        weights, x, *biases = self.moment.late(weights, *given, homes=homes)
         bias: Any = tuple(biases) if len(biases) == 2 else biases[0] if biases else None
         return buffer.combine(
             x,
@@ -115,6 +126,7 @@ class Combine:
             bias=bias,
             num_sms=self.options.num_sms,
             num_qps=num_qps,
+            zero_copy=self.options.zero_copy,
             **self.moment.arguments(),
         )
 

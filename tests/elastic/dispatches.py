@@ -9,7 +9,7 @@ import torch
 
 import deep_ep
 from tests import oracle
-from tests.elastic import timings
+from tests.elastic import registered, timings
 from tests.elastic.covering import Row
 
 
@@ -38,6 +38,7 @@ class Options:
     with_stats: bool = False
     row_gaps: bool = False
     by_columns: bool = False
+    zero_copy: bool = False
     timing: timings.Timing = timings.AT_ONCE
 
     @staticmethod
@@ -56,6 +57,7 @@ class Options:
             with_stats=row["with_stats"],
             row_gaps=row["row_gaps"],
             by_columns=row["by_columns"],
+            zero_copy=row["zero_copy"] and num_scales % 4 == 0,  # whole 16 bytes
             timing=timings.Timing(
                 row["previous_event"], row["before_epilogue"], row["asynchronous"], row["on_comm_stream"]
             ),
@@ -128,10 +130,13 @@ class Dispatch:
         """Nobody holds what is given to the call once this has returned."""
         options = self.options
         x, scales, idx, weights = options.tensors(self.inputs[buffer.rank_idx], device)
+        homes: list[torch.Tensor | None] = []
+        if options.zero_copy:
+            homes = [None if each is None else registered.like(buffer, each) for each in (x, scales)]
         if "handle" in arguments:  # which holds them
             idx = None
         # What comes late here must go into the call: what nobody holds might still be written when it is other memory.
-        x, scales, idx, weights, self.stats = self.moment.late(x, scales, idx, weights, self.stats)
+        x, scales, idx, weights, self.stats = self.moment.late(x, scales, idx, weights, self.stats, homes=homes)
         return buffer.dispatch(
             x if scales is None else (x, scales),
             topk_idx=idx,
@@ -140,6 +145,7 @@ class Dispatch:
             cumulative_local_expert_recv_stats=self.stats,
             do_expand=options.do_expand,
             do_zero_padding=options.do_zero_padding,
+            zero_copy=options.zero_copy,
             **self.moment.arguments(),
             **arguments,
         )

@@ -8,6 +8,8 @@ the wrong thing, or for nothing, returns something else than the oracle. On simu
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,12 +45,28 @@ class Moment:
         self._epilogue: EventHandle | None = None
         self._event: EventOverlap | None = None
         self._given: list[torch.Tensor] = []
+        self._homes: list[torch.Tensor] = []  # which may be written again when the call has ended
 
-    def late(self, *given: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """The same tensors, of which the values come later: on the current stream, or where the previous event is."""
+    def late(
+        self, *given: torch.Tensor | None, homes: Sequence[torch.Tensor | None] = ()
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The same tensors, of which the values come later: on the current stream, or where the previous event is.
+
+        Args:
+            homes: memory for the first ones.
+        """
+        self._homes = [home for home in homes if home is not None]
+        late = [
+            home if home is not None or each is None else _without_numbers(each)
+            for each, home in itertools.zip_longest(given, homes)
+        ]
         if self._beside is None:
-            return given
-        late = [None if each is None else _without_numbers(each) for each in given]
+            for each, home in zip(given, homes, strict=False):
+                if each is not None and home is not None:
+                    home.copy_(each)
+            return (*late[: len(homes)], *given[len(homes) :])
+        for home in self._homes:
+            _fill(home)
         current = torch.cuda.current_stream()
         self._beside.wait_stream(current)
         with torch.cuda.stream(self._beside if self.timing.previous_event == GIVEN else current):
@@ -90,6 +108,8 @@ class Moment:
         self._event = event
         shapes = [(each.shape, each.stride(), each.dtype) for each in self._given]
         self._given.clear()  # the call's caller must not hold them either
+        if not self.timing.asynchronous:
+            self._write_again()
         if self._on_gpu and self.timing.asynchronous:
             for shape, stride, dtype in shapes:
                 _fill(torch.empty_strided(shape, stride, dtype=dtype, device="cuda"))
@@ -98,9 +118,17 @@ class Moment:
         """Make the current stream wait, so that results may be looked at."""
         assert self._event is not None
         self._event.current_stream_wait(release_handle=True)
+        self._write_again()
         if self._epilogue is not None and self._epilogue.event is not None:
             torch.cuda.current_stream().synchronize()
             assert self._epilogue.event.query(), "the call did not wait for previous_event_before_epilogue"
+
+    def _write_again(self) -> None:
+        """Simulated kernels may not have run yet."""
+        if self._on_gpu:
+            for home in self._homes:
+                _fill(home)
+        self._homes.clear()
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import ElasticBuffer
-from tests.elastic import cases, ranks
+from tests.elastic import cases, ranks, registered
 from tests.elastic.memory import Memory, check_growth
 from tests.elastic.watched import WatchedBuffer, forgotten
 
@@ -29,10 +29,13 @@ def build(group: dist.ProcessGroup, largest: int, longest: int, timeout_s: float
         timeout_s: of kernels that wait for a peer; hosts wait twice as long.
     """
     sizes = {"num_max_tokens_per_rank": largest + 8, "hidden": longest}
+    num_registered_bytes = registered.NUM_BYTES
     timeouts = {"num_gpu_timeout_secs": timeout_s, "num_cpu_timeout_secs": 2 * timeout_s}
     hint = ElasticBuffer.get_buffer_size_hint(group, **sizes, allow_multiple_reduction=False)
     return {
-        "settings": WatchedBuffer(group, **sizes, allow_multiple_reduction=False, **timeouts),
+        "settings": WatchedBuffer(
+            group, **sizes, allow_multiple_reduction=False, num_registered_bytes=num_registered_bytes, **timeouts
+        ),
         "bytes": WatchedBuffer(
             group,
             hint,
@@ -45,6 +48,7 @@ def build(group: dist.ProcessGroup, largest: int, longest: int, timeout_s: float
             sl_idx=0,
             num_allocated_qps=2,
             explicitly_destroy=True,
+            num_registered_bytes=num_registered_bytes,
         ),
     }
 

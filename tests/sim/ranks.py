@@ -24,7 +24,7 @@ from deep_ep import jit, plan
 from deep_ep.errors import EPError
 from deep_ep.machine import simulated
 from deep_ep.machine.relocation import Request, pack, redirect
-from deep_ep.machine.simulated import SHARED_BYTES_PER_BLOCK, Guest, SimulatedWindow, take_home
+from deep_ep.machine.simulated import SHARED_BYTES_PER_BLOCK, Guest, SimulatedWindow, homes_of, take_home
 from deep_ep.machine.world import Launch, World
 
 T = TypeVar("T")
@@ -143,7 +143,7 @@ class ThreadMachine:
 
     def allocate_window(self, num_bytes: int) -> SimulatedWindow:
         addresses = self._ranks.meeting.ask(self.rank, num_bytes, self._ranks.allocate_windows)
-        self._windows.append(SimulatedWindow(addresses, num_bytes, None))
+        self._windows.append(SimulatedWindow(addresses, num_bytes, None, self.rank))
         return self._windows[-1]
 
     def host_words(self, count: int) -> Words:
@@ -172,8 +172,10 @@ class ThreadMachine:
         """Run what is queued, on all ranks. Collective."""
         reads = [tensor for queued in self.queue for tensor in queued.reads]
         writes = [tensor for queued in self.queue for tensor in queued.writes] + [words.memory for words in self._words]
+        homes = homes_of(self._windows)
         stream = [
-            (queued, pack(queued.kernel.name, queued.args, reads, writes, self._is_window)) for queued in self.queue
+            (queued, pack(queued.kernel.name, queued.args, reads, writes, self._is_window, homes))
+            for queued in self.queue
         ]
         written = self._ranks.meeting.ask(self.rank, stream, self._ranks.run_streams)
         if stream:

@@ -34,6 +34,7 @@ ROLES = (
         ),
         combine=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0, heralds=True),
         combine_sums=CombineRoles(send=Crew(1, 2, 1), num_warps=3, send_share=0.4, heralds=False),
+        warps_in_place=3,
     ),
     RolesOfMachine(
         dispatch=Roles(
@@ -41,6 +42,7 @@ ROLES = (
         ),
         combine=CombineRoles(send=Crew(2, 4, 2), num_warps=5, send_share=0.5, heralds=False),
         combine_sums=CombineRoles(send=Crew(1, 4, 3), num_warps=3, send_share=1.0, heralds=True),
+        warps_in_place=5,
     ),
     RolesOfMachine(
         dispatch=Roles(
@@ -48,6 +50,7 @@ ROLES = (
         ),
         combine=CombineRoles(send=Crew(3, 7, 6), num_warps=8, send_share=0.7, heralds=True),
         combine_sums=CombineRoles(send=Crew(3, 2, 1), num_warps=7, send_share=0.7, heralds=False),
+        warps_in_place=2,
     ),
     RolesOfMachine(
         dispatch=Roles(
@@ -55,9 +58,11 @@ ROLES = (
         ),
         combine=CombineRoles(send=Crew(1, 2, 1), num_warps=4, send_share=0.2, heralds=False),
         combine_sums=CombineRoles(send=Crew(2, 3, 1), num_warps=5, send_share=0.2, heralds=True),
+        warps_in_place=4,
     ),
 )
 NUM_RACE_ROLES = 2  # with few threads
+REGISTERED_BYTES = 16 << 20  # for all calls of a story
 SHORT, LONG = 1024, 32768  # values of a row, at most: the long ones do not fit into a stage
 
 
@@ -153,7 +158,13 @@ def tell(story: Story, world: World, toolchain: jit.Gxx) -> int:
 
     def program(group: Group) -> None:
         most = story.largest + 8
-        buffer = Buffer(group, num_max_tokens_per_rank=most, hidden=story.longest, allow_multiple_reduction=False)
+        buffer = Buffer(
+            group,
+            num_max_tokens_per_rank=most,
+            hidden=story.longest,
+            allow_multiple_reduction=False,
+            num_registered_bytes=REGISTERED_BYTES,
+        )
         num_alone = len(story.cases) - story.num_overlapping
         for case in story.cases[:num_alone]:
             cases.run(case, buffer, torch.device("cpu"))

@@ -31,6 +31,9 @@ class FakeMemory:
         self.addresses = (0x1000,)
         self.closed = False
 
+    def part(self, offset: int, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
     def close(self) -> None:
         self.closed = True
 

@@ -34,6 +34,7 @@ CONSTRUCTOR = {
     "num_cpu_timeout_secs": 300,
     "num_gpu_timeout_secs": 100,
     "explicitly_destroy": False,
+    "num_registered_bytes": 0,
 }
 DISPATCH = {
     "x": REQUIRED,
@@ -55,6 +56,7 @@ DISPATCH = {
     "do_expand": False,
     "do_zero_padding": False,
     "use_tma_aligned_col_major_sf": False,
+    "zero_copy": False,
 }
 COMBINE = {
     "x": REQUIRED,
@@ -67,6 +69,7 @@ COMBINE = {
     "previous_event_before_epilogue": None,
     "async_with_compute_stream": False,
     "allocate_on_comm_stream": False,
+    "zero_copy": False,
 }
 SIZE_HINT = {
     "group": REQUIRED,

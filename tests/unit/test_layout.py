@@ -33,9 +33,9 @@ def test_layouts_are_told_apart() -> None:
     assert window_layout(2, 8 * PAGE).digest() == window_layout(2, 8 * PAGE).digest()
 
 
-@given(num_ranks=RANKS, pages=st.integers(8, 4096))
-def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int) -> None:
-    window = window_layout(num_ranks, pages * PAGE)
+@given(num_ranks=RANKS, pages=st.integers(8, 4096), registered=st.integers(0, 1 << 33))
+def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int, registered: int) -> None:
+    window = window_layout(num_ranks, pages * PAGE, registered)
     assert [region.name for region in window.regions] == [
         "control",
         "partials",
@@ -43,16 +43,19 @@ def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int) -> No
         "arrived",
         "routed",
         "rows",
+        "registered",
     ]
     for region in window.regions:
         assert region.offset % layout.REGION_ALIGNMENT == 0
-        assert region.num_bytes > 0
+        assert region.num_bytes > 0 or region.name == "registered"
         assert region.purpose
         assert window[region.name] is region
     for region, following in itertools.pairwise(window.regions):
         assert region.offset + region.num_bytes <= following.offset
-    last = window.regions[-1]
-    assert last.offset + last.num_bytes == window.num_bytes
+    rows, last = window.regions[-2:]
+    assert rows.offset + rows.num_bytes == window.num_bytes == last.offset
+    assert last.num_bytes == registered
+    assert window.total_bytes == align(window.num_bytes + registered, layout.WINDOW_ALIGNMENT)
 
 
 @given(num_ranks=RANKS, pages=st.integers(8, 64))

@@ -32,13 +32,14 @@ MAY_IMPORT = {
     "ops": PURE | {"jit"},
     "calls": PURE | {"ops", "machine", "jit", "handle", "event", "validate", "environment", "installation", "version"},
     "later": set(),
-    "buffer": PURE | {"calls", "machine", "handle", "event", "validate", "later"},
+    "domains": {"machine"},
+    "buffer": PURE | {"calls", "domains", "handle", "event", "validate", "later"},
     "fp8": set(),
     "autograd": {"buffer", "handle", "plan", "validate"},
     "utils": {"event", "fp8"},
     "version": set(),
     "ahead": {"environment", "errors", "jit", "ops"},
-    "__init__": {"ahead", "buffer", "handle", "event", "validate", "errors", "version"},
+    "__init__": {"ahead", "buffer", "domains", "handle", "event", "validate", "errors", "version"},
 }
 
 # Folder of headers -> what its headers may include, as prefixes of a path below include/deep_ep.

@@ -6,6 +6,9 @@
 // part comes straight from x. A few warps with deep rings fill the link; adding takes no shared memory, so all fit into
 // one block.
 //
+// Rows in registered memory are not sent (in_place.cuh): all warps add, and read the peers' rows where they lie. The call
+// ends when all peers have read this rank's.
+//
 // Rows of the expanded layout are added on the rank that has them before they travel, or travel one by one: a kernel is
 // compiled for one way to return (results.cuh).
 
@@ -33,10 +36,11 @@ struct CombineArgs {
   Routing routing;       // of the tokens of this rank
   const int32_t* slots;  // [num_tokens, num_topk]
   Results results;
+  InPlace in_place;
   Combined combined;
   const uint32_t* routes;   // the handle's number (plan.cuh)
   int32_t plan_flags;       // plan.cuh
-  int32_t num_send_blocks;  // 1 to all
+  int32_t num_send_blocks;  // 1 to all; none, in place
   int32_t piece_bytes, stage_bytes;
 };
 
@@ -53,6 +57,7 @@ EP_DEVICE void send(const CombineArgs& a, uint32_t epoch, Mailbox& box) {
 
 template <CombineConfig C>
 EP_DEVICE void combine(const CombineArgs& a) {
+  constexpr bool kInPlace = C.returned == Return::kInPlace;
   static_assert(C.num_heralds == 0 || C.num_heralds == C.num_send_warps);
   static_assert(C.num_send_warps + C.num_heralds < C.num_warps, "where every block sends, some of its other warps add");
   if (is_broken(a.window)) return;
@@ -62,9 +67,19 @@ EP_DEVICE void combine(const CombineArgs& a) {
   const bool sender = sends(a.num_send_blocks);
   Mailbox* boxes = device::shared_memory<Mailbox>();
   if (device::block_idx() == 0) propose(a.window, epoch, plan);
+  if (kInPlace && device::block_idx() == 0 && warp == 0) {
+    const int rank = device::lane_idx();
+    offer(a.window, epoch, a.in_place, rank < a.window.num_ranks ? a.results.by_owner.begin(rank) : 0);
+  }
   if (sender) open_mailboxes(boxes, C.num_send_warps);
   device::sync_block();
-  if (sender && warp < C.num_send_warps) {
+  if constexpr (kInPlace) {
+    // Peers' memory is read, so all warps wait for the answer.
+    Found found;
+    if (agree(a.window, epoch, plan, a.patience) && find_rows(a.window, epoch, a.patience, found)) {
+      reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, found, a.combined);
+    }
+  } else if (sender && warp < C.num_send_warps) {
     send<C>(a, epoch, boxes[warp]);
   } else if (sender && warp < C.num_send_warps + C.num_heralds) {
     announce(a.window, epoch, boxes[warp - C.num_send_warps]);
@@ -72,9 +87,9 @@ EP_DEVICE void combine(const CombineArgs& a) {
     // Nothing is indexed by what arrives, so only one warp waits for the answer; the others do its work meanwhile.
     const bool asks = device::block_idx() == 0 && warp == C.num_warps - 1;
     if (asks) agree(a.window, epoch, plan, a.patience);
-    reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, a.combined);
+    reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, {}, a.combined);
   }
-  retire(a.window, epoch);
+  retire<kInPlace>(a.window, epoch, a.patience);
 }
 
 }  // namespace deep_ep

@@ -7,6 +7,9 @@
 // they find each token's slot and positions, and tell all ranks. Senders and receivers never share a block: stores to a
 // peer that wait for the link would hold up the copies behind them.
 //
+// Where rows lie in registered memory (in_place.cuh), nobody sends: receivers fetch them from the peers, once it is known
+// where they go, and the call ends when all peers have fetched this rank's.
+//
 // A launch may also do one half only. With a CPU sync the host allocates exact tensors between the halves, while the
 // pushes run; in the first half those who have counted then send too. With the handle of an earlier dispatch all places
 // are known and no counts are exchanged.
@@ -66,7 +69,7 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
 
 // What the last warp does meanwhile, and in a block that only receives: it asks whether all ranks agree, and learns where
 // everything that comes will stand.
-template <PlacesFrom kFrom>
+template <DispatchConfig C>
 EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool counts, bool learns,
                    const Tables& tables) {
   const bool all_agree = agree(a.window, epoch, plan, a.patience);
@@ -74,7 +77,12 @@ EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool
   if (counts) give_answer();
   if (!learns || !all_agree) return;
   learn_tokens(a.window, epoch, a.patience, tables);
-  if constexpr (kFrom == PlacesFrom::kHandle) {
+  if constexpr (C.in_place) {
+    Found found;
+    if (!find_rows(a.window, epoch, a.patience, found)) tables.take_back(Ok::kLearns);
+    if (device::lane_idx() < a.window.num_ranks) tables.found[device::lane_idx()] = found;
+  }
+  if constexpr (C.places_from == PlacesFrom::kHandle) {
     recall(a.window, a.routing.experts_per_rank, a.counts, tables);
   } else {
     collect(a.window, epoch, a.routing.experts_per_rank, a.alignment, a.patience, tables);
@@ -99,11 +107,14 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   device::sync_block();
   const Record said{a.record.row_bytes, a.scales.bytes()};  // not rounded up
   const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, said, kRecalls ? *a.counts.number : 0);
-  if (sender && device::block_idx() == 0) propose(a.window, epoch, plan);
+  if (device::block_idx() == 0 && (sender || counters.count > 0)) {
+    propose(a.window, epoch, plan);
+    if (C.in_place && warp == 0) offer(a.window, epoch, a.in_place, 0);
+  }
   if (sender || counts) admit(a.window, epoch, a.patience, tables);
   if (counts) device::sync_block();
   if ((counts || receiver) && asks_others()) {
-    ask<C.places_from>(a, epoch, plan, counts, receiver || reports, tables);
+    ask<C>(a, epoch, plan, counts, receiver || reports, tables);
   } else if (counts) {
     tell<C.places_from>(a, epoch, counters, tables);
   }
@@ -115,24 +126,26 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     if (!kRecalls) report_counts(a.window, epoch, experts_per_rank, a.alignment, tables, a.counts);
     add_to_stats(experts_per_rank, tables, a.stats);
   }
-  if (sender && good && warp < C.num_send_warps) {
-    using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
-    const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
-    scatter(ring, a.window, a.routing, a.rows, a.scales, a.record, a.send_piece_bytes, epoch, boxes[warp]);
-  } else if (sender && good && warp < 2 * C.num_send_warps) {
-    announce(a.window, epoch, boxes[warp - C.num_send_warps]);
+  if constexpr (!C.in_place) {
+    if (sender && good && warp < C.num_send_warps) {
+      using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
+      const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
+      scatter(ring, a.window, a.routing, a.rows, a.scales, a.record, a.send_piece_bytes, epoch, boxes[warp]);
+    } else if (sender && good && warp < 2 * C.num_send_warps) {
+      announce(a.window, epoch, boxes[warp - C.num_send_warps]);
+    }
   }
   if (receiver && good) {
     if (warp < C.num_receive_warps) {
       using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
       const ReceiveRing ring = ReceiveRing::at(rings, warp, C.num_receive_warps, a.receive_stage_bytes);
       const Landing landing{a.window, a.routing, a.rows, a.scales, a.record, tables, a.received};
-      copy_out(ring, landing, epoch, a.receive_piece_bytes, receivers.own() * C.num_receive_warps + warp,
-               receivers.count * C.num_receive_warps, a.patience);
+      copy_out<C.in_place>(ring, landing, epoch, a.receive_piece_bytes, receivers.own() * C.num_receive_warps + warp,
+                           receivers.count * C.num_receive_warps, a.patience);
     }
     blank(a.window, a.routing, a.record, a.alignment, tables, warp, receivers, a.received);
   }
-  if (receivers.count > 0) retire(a.window, epoch);
+  if (receivers.count > 0) retire<C.in_place>(a.window, epoch, a.patience);
 }
 
 }  // namespace deep_ep

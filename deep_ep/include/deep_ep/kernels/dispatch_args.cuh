@@ -1,6 +1,7 @@
 #pragma once
 // What a dispatch kernel is compiled for, and what a launch of it is told; deep_ep/ops/dispatch.py holds the same.
 
+#include <deep_ep/phases/in_place.cuh>
 #include <deep_ep/phases/land.cuh>
 #include <deep_ep/phases/payload.cuh>
 #include <deep_ep/phases/report.cuh>
@@ -16,6 +17,7 @@ struct DispatchConfig {
   int num_receive_stages;
   int num_receive_storing;
   PlacesFrom places_from;
+  bool in_place;  // nobody sends: receivers read the rows of peers where they lie
 };
 
 struct DispatchArgs {
@@ -27,6 +29,7 @@ struct DispatchArgs {
   const float* weights;  // [num_tokens, num_topk] or null
   Scales scales;         // [num_tokens, count]
   int32_t* slots;        // [num_tokens, num_topk]: what this call finds, or a handle's
+  InPlace in_place;
   Received received;
   Counts counts;
   void* kept_idx;       // [num_tokens, num_topk], null or where a copy of topk_idx goes

@@ -21,7 +21,7 @@
 namespace deep_ep {
 
 EP_DEVICE uint64_t* plan_word(const Window& window, uint32_t epoch, int at, int from, int item) {
-  return message(window, at, from) + message_word::kPlan + (epoch & 1) * message_word::kPlanWords + item;
+  return message(window, at, from) + message_word::kPlan + (epoch & 1) * message_word::kSaidWords + item;
 }
 
 // One sending block says it to all.

@@ -1,7 +1,7 @@
 #pragma once
 // Which tokens have come, for a warp that wants to copy them.
 //
-// reads         routed words and, of peers, arrival marks
+// reads         routed words and, of what peers send, arrival marks
 // writes        nothing
 // waits for     the word and the mark of a token, if it must
 // leaves behind (to the warp) a whole record and its label, that the copy engine may read
@@ -13,7 +13,7 @@
 
 namespace deep_ep {
 
-enum class From { kPeers, kSelf };
+enum class From { kPeers, kPeersInPlace, kSelf };  // in place, rows lie ready: nobody marks them
 enum class Look { kOnce, kUntilOneHasCome };
 
 // Tokens of all peers, or this rank's own, in about the order in which they are sent: the first token of every source,
@@ -98,7 +98,7 @@ class Arrivals {
     const bool knows = is_left() && mine_.slot == kUnknown && static_cast<uint32_t>(seen_word_ >> 32) == epoch_;
     if (knows) mine_.slot = static_cast<int>(static_cast<uint32_t>(seen_word_));
     left_ &= ~device::ballot(is_left() && mine_.slot == -1);
-    const bool came = is_left() && mine_.slot >= 0 && (from_ == From::kSelf || seen_mark_ == epoch_);
+    const bool came = is_left() && mine_.slot >= 0 && (from_ != From::kPeers || seen_mark_ == epoch_);
     came_ = device::ballot(came);
     if (came_ == 0) return;
     if (came) {  // once more, to acquire what they stand for

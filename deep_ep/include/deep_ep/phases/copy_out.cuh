@@ -1,5 +1,5 @@
 #pragma once
-// reads         own rows of x; staged records of the peers; labels
+// reads         own rows of x; staged records of the peers, or their rows in place; labels
 // writes        recv_x and its scale factors; with them, what land.cuh puts beside a row
 // waits for     the tokens (arrivals.cuh): it takes whatever has come
 // leaves behind every received row in its final place
@@ -17,6 +17,7 @@
 namespace deep_ep {
 
 // Loads the pieces of one token after the other.
+template <bool kInPlace>
 class Loader {
  public:
   EP_DEVICE Loader(const Landing& landing, int piece_bytes) : landing_(landing), piece_bytes_(piece_bytes) {}
@@ -25,10 +26,15 @@ class Loader {
 
   EP_DEVICE void turn_to(const Arrivals::Item& token) {
     const Window& window = landing_.window;
+    const Record& record = landing_.record;
     token_ = token;
-    from_ = is_own() ? landing_.rows.row(token.token)
-                     : staged(window, window.rank, token.source, token.token, landing_.routing.max_tokens,
-                              landing_.record.bytes());
+    if (is_own()) {
+      from_ = landing_.rows.row(token.token);
+    } else if constexpr (kInPlace) {
+      from_ = landing_.tables.found[token.source].rows + int64_t(token.token) * record.row_bytes;
+    } else {
+      from_ = staged(window, window.rank, token.source, token.token, landing_.routing.max_tokens, record.bytes());
+    }
   }
 
   // Collective over the warp.
@@ -54,12 +60,13 @@ class Loader {
                        .first = first,
                        .last = last};
       // A record's scale factors lie right behind its row.
-      const bool apart = has_scales && is_own() && !gathers;
-      const int here = has_scales && !is_own() ? bytes + record.tail_bytes : bytes;
+      const bool apart = has_scales && (is_own() || kInPlace) && !gathers,
+                 behind = has_scales && !is_own() && !kInPlace;
+      const int here = behind ? bytes + record.tail_bytes : bytes;
       const int there = apart ? scales.bytes() : 0, said = first ? record.label_bytes : 0;
       device::mbarrier_arrive_expect(*stage.full, here + there + said);
       device::bulk_load(stage.data, from_ + offset_, here, *stage.full);
-      if (apart) device::bulk_load(stage.data + bytes, scales.row(token_.token), there, *stage.full);
+      if (apart) device::bulk_load(stage.data + bytes, scales_apart(), there, *stage.full);
       if (first) {
         const Label from =
             label(window, window.rank, token_.source, token_.token, routing.max_tokens, routing.num_topk, record);
@@ -78,6 +85,12 @@ class Loader {
  private:
   EP_DEVICE bool is_own() const { return token_.source == landing_.window.rank; }
 
+  EP_DEVICE const void* scales_apart() const {
+    const Scales& scales = landing_.scales;
+    if (is_own()) return scales.row(token_.token);
+    return landing_.tables.found[token_.source].beside + int64_t(token_.token) * scales.bytes();
+  }
+
   const Landing& landing_;
   const int piece_bytes_;
   Arrivals::Item token_ = {-1, -1, -1};
@@ -85,21 +98,25 @@ class Loader {
   int offset_ = 0;
 };
 
-template <class Ring>
+template <bool kInPlace, class Ring>
 EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, uint32_t epoch, int piece_bytes, int warp,
                         int num_warps, const device::Patience& patience) {
   const Received& out = landing.out;
-  Arrivals peers(landing.window, epoch, landing.tables, patience, From::kPeers, warp, num_warps);
+  constexpr From kPeers = kInPlace ? From::kPeersInPlace : From::kPeers;
+  Arrivals peers(landing.window, epoch, landing.tables, patience, kPeers, warp, num_warps);
   Arrivals own(landing.window, epoch, landing.tables, patience, From::kSelf, warp, num_warps);
-  Loader loader(landing, piece_bytes);
+  Loader<kInPlace> loader(landing, piece_bytes);
+  bool own_first = false;
 
-  // What has come from peers goes first; own rows fill the time in which nothing has.
+  // What has come from peers goes first; own rows fill the time in which nothing has. What lies in place has come at
+  // once, but the link takes its time: so every other row is an own one.
   const auto fill = [&](const Stage& stage, bool patient) {
     if (loader.is_between_tokens()) {
       Arrivals::Item token;
       const Look look = patient ? Look::kUntilOneHasCome : Look::kOnce;
-      const bool found =
-          peers.take(Look::kOnce, token) || own.take(look, token) || (patient && peers.take(look, token));
+      const bool found = (own_first && own.take(Look::kOnce, token)) || peers.take(Look::kOnce, token) ||
+                         own.take(look, token) || (patient && peers.take(look, token));
+      own_first = kInPlace && !own_first;
       if (!found) return peers.more() || own.more() ? Filled::kNotYet : Filled::kNoMore;
       loader.turn_to(token);
     }

@@ -1,7 +1,7 @@
 #pragma once
-// reads         own rows of x, staged records of the peers, biases
+// reads         own rows of x, staged records of the peers or their rows in place, biases
 // writes        combined_x, combined_weights
-// waits for     the arrival mark of every token of this rank, from each rank that it went to
+// waits for     the arrival mark of every token of this rank, from each rank that it went to; nothing in place
 // leaves behind every token's sum
 //
 // The arithmetic is part of the interface: float32, starting from +0, biases first, one rounding to bfloat16 at the end.
@@ -12,6 +12,7 @@
 // of a block, hide what memory takes.
 
 #include <deep_ep/phases/claims.cuh>
+#include <deep_ep/phases/in_place.cuh>
 #include <deep_ep/phases/results.cuh>
 #include <deep_ep/phases/sum.cuh>
 #include <deep_ep/wire/integers.cuh>
@@ -57,9 +58,11 @@ EP_DEVICE void add_columns(const Combined& out, int token, const Parts& parts, c
   if (at.mine()) sum.rounded().stream(at.of(out.x + token * out.stride));
 }
 
+// `found`: lane r's, where the rows of this rank's tokens are at rank r; in place only.
 template <Return kReturn>
 EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patience& patience, const Routing& routing,
-                      const int32_t* slots, const Results& results, const Combined& out) {
+                      const int32_t* slots, const Results& results, const Found& found, const Combined& out) {
+  constexpr bool kInPlace = kReturn == Return::kInPlace;
   constexpr Grasp kAtOnce = kGrasp<kReturn>;
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = routing.num_topk;
@@ -79,7 +82,7 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
     const int own_row = own ? results.row_of_lane<kReturn>(received) : -1;
 
     bool came = true;
-    if (selection.speaks && !own) {
+    if (!kInPlace && selection.speaks && !own) {
       const uint32_t* mark = arrived(window, window.rank, selection.rank, choice.slot);
       came = device::wait_until_equals(patience, {.phase = phase::kReduce, .peer = selection.rank, .expected = epoch},
                                        [&] { return device::load_acquire_sys(mark); });
@@ -90,9 +93,15 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
     // Each selection's weight comes from the rank of its expert. It is stored last, so nobody waits for it.
     const char* row = nullptr;
     float weight = 0.0f;
+    [[maybe_unused]] Found there_found;
+    if constexpr (kInPlace) there_found = of_lane(found, chosen ? selection.rank : 0);
     if (own) {
       row = results.row(own_row);
       weight = results.weight_of_lane<kReturn>(received, own_row);
+    } else if (chosen && kInPlace) {
+      row = there_found.rows + int64_t(choice.slot) * record.row_bytes;
+      const float* weights = reinterpret_cast<const float*>(there_found.beside) + int64_t(choice.slot) * num_topk;
+      if (out.weights != nullptr) weight = weights[lane];
     } else if (chosen) {
       constexpr bool kOwnRecord = kReturn == Return::kEveryRow;
       row = kOwnRecord ? returned(window, window.rank, int64_t(token) * num_topk + lane, record.bytes())

@@ -10,6 +10,7 @@ namespace deep_ep {
 // What of a token comes home from a rank that it went to.
 enum class Return {
   kRow,       // plain layout: the rank's row
+  kInPlace,   // the same, but nobody sends it: it is read where it lies
   kSum,       // expanded layout: the sum of the rank's rows, rounded
   kEveryRow,  // expanded layout: each of them, in a record of its own
 };
@@ -21,6 +22,9 @@ constexpr Grasp kManyRows = {.vectors = 8, .rows = 1};
 #else
 constexpr Grasp kManyRows = {.vectors = 4, .rows = 4};
 #endif
+template <Return kReturn>
+constexpr bool kIsPlain = kReturn == Return::kRow || kReturn == Return::kInPlace;
+
 template <Return kReturn>
 constexpr Grasp kGrasp = kReturn == Return::kSum ? kManyRows : Grasp{.vectors = 4, .rows = 2};
 
@@ -44,7 +48,7 @@ struct Results {
   // Lane k learns the row of selection k, or -1. In the plain layout all share one.
   template <Return kReturn>
   EP_DEVICE int row_of_lane(int received) const {
-    if constexpr (kReturn == Return::kRow) return received;
+    if constexpr (kIsPlain<kReturn>) return received;
     const int k = device::lane_idx();
     return k < num_topk ? metadata[int64_t(received) * (num_topk + 2) + 2 + k] : -1;
   }
@@ -54,7 +58,7 @@ struct Results {
   EP_DEVICE float weight_of_lane(int received, int row_of_lane) const {
     const int k = device::lane_idx();
     if (weights == nullptr || k >= num_topk || row_of_lane < 0) return 0.0f;
-    return kReturn == Return::kRow ? weights[int64_t(received) * num_topk + k] : weights[row_of_lane];
+    return kIsPlain<kReturn> ? weights[int64_t(received) * num_topk + k] : weights[row_of_lane];
   }
 
   // Which token it is, among those of all ranks.

@@ -1,15 +1,27 @@
 #pragma once
-// reads         control.blocks_done, .gave_up
+// reads         control.blocks_done, .gave_up; .drained, where peers read rows in place
 // writes        control.blocks_done, .claimed, .epoch, .broken; the peers' control.drained
-// waits for     nothing: the last block to come here does the work
+// waits for     nothing: the last block to come here does the work; in place, for the peers to have read what is here
 // leaves behind at every peer the mark that its records have been read, and here the epoch of the next operation
 
 #include <deep_ep/device/device.cuh>
+#include <deep_ep/wire/phase.cuh>
 #include <deep_ep/wire/window.cuh>
 
 namespace deep_ep {
 
-EP_DEVICE void retire(const Window& window, uint32_t epoch) {
+// A peer cannot be in the operation after this one yet: that takes this rank's word, too.
+EP_DEVICE void await_readers(const Window& window, uint32_t epoch, const device::Patience& patience) {
+  const int peer = device::lane_idx();
+  if (peer < window.num_ranks && peer != window.rank) {
+    device::wait_until_equals(patience, {.phase = phase::kAwaitReaders, .peer = peer, .expected = epoch},
+                              [&] { return device::load_acquire_sys(&control(window, window.rank).drained[peer]); });
+  }
+  device::sync_warp();
+}
+
+template <bool kInPlace>
+EP_DEVICE void retire(const Window& window, uint32_t epoch, const device::Patience& patience) {
   device::sync_block();
   if (device::warp_idx() != 0) return;
   Control& own = control(window, window.rank);
@@ -20,10 +32,11 @@ EP_DEVICE void retire(const Window& window, uint32_t epoch) {
     return;
   device::sync_warp();
   const int lane = device::lane_idx();
-  const uint32_t gave_up = device::load_relaxed_gpu(&own.gave_up);
   if (lane < window.num_ranks && lane != window.rank) {
     device::store_release_sys(&control(window, lane).drained[window.rank], epoch);
   }
+  if constexpr (kInPlace) await_readers(window, epoch, patience);
+  const uint32_t gave_up = device::load_relaxed_gpu(&own.gave_up);
   if (lane == 0) {
     device::store_relaxed_gpu(&own.broken, gave_up);
     device::store_relaxed_gpu(&own.blocks_done, 0u);

@@ -11,6 +11,12 @@ namespace deep_ep {
 enum class Ok { kCounts, kAgrees, kLearns };
 constexpr int kOks = 3;
 
+// Where a rank's rows are that are read in place, and what goes beside them, as this rank addresses them.
+struct Found {
+  const char* rows = nullptr;
+  const char* beside = nullptr;
+};
+
 struct Tables {
   int* ok;            // [4]  0 once a wait of this block has failed, one word for each who may (Ok): then it drains
   int* expert_below;  // [num_experts]  selections by the blocks before this one; until look_back, by this block
@@ -21,9 +27,10 @@ struct Tables {
   int* row_base;      // [kMaxRanks + 1]  first row of each source in the plain layout; the last is the number of rows
   int* expert_row;    // [num_experts = sources x local experts]  first expanded row of (source, local expert)
   int* coming;        // [num_experts]  of local experts: selections that come here
+  Found* found;       // [kMaxRanks]  of each source, where rows are read in place
 
   static constexpr int bytes(int num_experts) {
-    const int words = 4 + 4 * num_experts + 4 * kMaxRanks + 4;
+    const int words = 4 + 4 * num_experts + 4 * kMaxRanks + 4 + kMaxRanks * int(sizeof(Found)) / 4;
     return (words * 4 + 127) / 128 * 128;
   }
 
@@ -45,6 +52,7 @@ struct Tables {
     tables.row_base = tables.tokens_of + kMaxRanks;
     tables.expert_row = tables.row_base + kMaxRanks + 4;
     tables.coming = tables.expert_row + num_experts;
+    tables.found = reinterpret_cast<Found*>(tables.coming + num_experts);
     return tables;
   }
 };

@@ -11,6 +11,7 @@
 //              behind them a label per (source rank, token)    written by that source, this rank included
 //              combine: one record per (holder rank, slot),    written by the rank that had the token
 //              or one per (token, selection) of this rank      written by the rank of the selection's expert
+//   registered tensors of the user                             written by the user, read by peers in place
 
 #include <deep_ep/device/device.cuh>
 #include <deep_ep/limits.cuh>
@@ -36,10 +37,10 @@ enum class Queue { kSend, kReceive };
 struct Window {
   char* base[kMaxRanks];  // as this rank addresses them
   int32_t rank, num_ranks;
-  int32_t slots_per_source;                            // arrival marks that the region holds for each source
-  int32_t message_words;                               // words of one Message
-  int32_t number;                                      // of the buffer, among those that the same ranks have built
-  uint64_t partials, messages, arrived, routed, rows;  // offsets in bytes
+  int32_t slots_per_source;  // arrival marks that the region holds for each source
+  int32_t message_words;     // words of one Message
+  int32_t number;            // of the buffer, among those that the same ranks have built
+  uint64_t partials, messages, arrived, routed, rows, registered;  // offsets in bytes
 };
 
 EP_DEVICE Control& control(const Window& window, int at) { return *reinterpret_cast<Control*>(window.base[at]); }
