@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import deep_ep
+from deep_ep.sm_model import Kind
 from deep_ep.utils import per_token_cast_to_fp8
 
 ALIGNMENT = 128  # of the expanded layout, as grouped GEMMs of FP8 want it
@@ -91,6 +92,7 @@ class Timed:
     """A call that is timed. ``prepare(workload, num_sms)`` makes what it needs and returns it ready to be called."""
 
     prepare: Callable[[Workload, int], Callable[[], Any]]
+    kind: Kind
     is_fp8: bool
     captures: bool = True  # whether a CUDA graph can hold it
 
@@ -130,12 +132,12 @@ def _combine(*, expanded: bool) -> Callable[[Workload, int], Callable[[], Any]]:
 
 EXPANDED = {"do_expand": True, "expert_alignment": ALIGNMENT}
 CALLS = {
-    "dispatch": Timed(_dispatch(), is_fp8=True),
-    "dispatch, cached": Timed(_cached(), is_fp8=True),
-    "dispatch, expanded": Timed(_dispatch(**EXPANDED), is_fp8=True),
-    "dispatch, cached expanded": Timed(_cached(do_expand=True), is_fp8=True),
-    "dispatch, CPU sync": Timed(_dispatch(do_cpu_sync=True), is_fp8=True, captures=False),
-    "dispatch bf16": Timed(_bf16, is_fp8=False),
-    "combine": Timed(_combine(expanded=False), is_fp8=False),
-    "combine, expanded": Timed(_combine(expanded=True), is_fp8=False),
+    "dispatch": Timed(_dispatch(), Kind.DISPATCH, is_fp8=True),
+    "dispatch, cached": Timed(_cached(), Kind.DISPATCH, is_fp8=True),
+    "dispatch, expanded": Timed(_dispatch(**EXPANDED), Kind.EXPANDED_DISPATCH, is_fp8=True),
+    "dispatch, cached expanded": Timed(_cached(do_expand=True), Kind.EXPANDED_DISPATCH, is_fp8=True),
+    "dispatch, CPU sync": Timed(_dispatch(do_cpu_sync=True), Kind.DISPATCH, is_fp8=True, captures=False),
+    "dispatch bf16": Timed(_bf16, Kind.DISPATCH, is_fp8=False),
+    "combine": Timed(_combine(expanded=False), Kind.COMBINE, is_fp8=False),
+    "combine, expanded": Timed(_combine(expanded=True), Kind.COMBINE_OF_SUMS, is_fp8=False),
 }
