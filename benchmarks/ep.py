@@ -123,9 +123,6 @@ def main() -> int:
     group, device = join()
     largest = max([*arguments.prefill, *arguments.decode, -(-2 * COPY_BYTES // (2 * arguments.hidden))])
     buffer = Shape.of(arguments, largest).build(group)
-    choice = buffer._end().num_sms(0)
-    if arguments.check_model:
-        arguments.sms, arguments.decode_sms = (sorted({*sms, choice}) for sms in (arguments.sms, arguments.decode_sms))
     failed = False
     if arguments.repeat:
         check_repeat(arguments.repeat, Workload(Shape.of(arguments, arguments.prefill[0]), buffer, device))
@@ -136,10 +133,15 @@ def main() -> int:
         ceilings = Ceilings.measure(buffer, stopwatch, arguments.iterations)
         report = Report(title(arguments, buffer, ceilings), facts(arguments, buffer, ceilings))
         measure(arguments, report, buffer, stopwatch, ceilings, device)
-        failed = finish(arguments, report, choice)
+        failed = finish(arguments, report, choices(buffer, arguments.topk))
     buffer.destroy()
     dist.destroy_process_group()
     return int(failed)
+
+
+def choices(buffer: deep_ep.ElasticBuffer, topk: int) -> dict[str, int]:
+    """By name, the SMs that calls take when they are told none."""
+    return {name: buffer._end().num_sms(0, call.kind, topk) for name, call in CALLS.items()}
 
 
 def facts(arguments: argparse.Namespace, buffer: deep_ep.ElasticBuffer, ceilings: Ceilings) -> dict[str, Any]:
@@ -179,6 +181,7 @@ def cases(
     """What is timed, in order: what is known of the reading (report.Reading) beforehand, and the call."""
     batches = [(tokens, "eager", arguments.sms) for tokens in arguments.prefill]
     batches += [(tokens, mode, arguments.decode_sms) for mode in MODES for tokens in arguments.decode]
+    chosen = choices(buffer, arguments.topk)
     needs_no_host = arguments.gates or arguments.check_model  # else figures would say what the host's CPU is like
     if arguments.calls in "barrier":
         for mode in MODES:
@@ -191,7 +194,7 @@ def cases(
                 continue
             link_bytes = call.link_bytes(workload)
             floor = ceilings.floor_us(link_bytes, mode)
-            for sms in all_sms:
+            for sms in sorted({*all_sms, chosen[name]}) if arguments.check_model else all_sms:
                 known = {"name": name, "tokens": tokens, "mode": mode, "sms": sms, "rank": buffer.rank_idx}
                 known |= {"link_bytes": link_bytes, "ceiling": ceilings.link_us(link_bytes), "floor": floor}
                 yield known, call.prepare(workload, sms)
@@ -218,8 +221,8 @@ def measure(
         report.add_kernels(i, stopwatch.kernels(known["mode"], ready))
 
 
-def finish(arguments: argparse.Namespace, report: Report, choice: int) -> bool:
-    """Say and write what was found; returns whether something is worse than it may be. ``choice``: the model's SMs."""
+def finish(arguments: argparse.Namespace, report: Report, chosen: dict[str, int]) -> bool:
+    """Say and write what was found; returns whether something is worse than it may be. ``chosen``: the model's SMs."""
     if dist.get_rank() != 0:
         return False
     if arguments.json:  # with the kernels
@@ -233,8 +236,8 @@ def finish(arguments: argparse.Namespace, report: Report, choice: int) -> bool:
         verdict = gate.compare(*where, arguments.tolerance, arguments.calls)
         failures += tell(f"Compared with {arguments.reference}, up to {arguments.tolerance:.0%} slower", verdict)
     if arguments.check_model:
-        verdict = gate.check_model(report.readings, choice, MODEL_WITHIN)
-        failures += tell(f"The model's {choice} SMs, up to {MODEL_WITHIN:.0%} slower than the best", verdict)
+        verdict = gate.check_model(report.readings, chosen, MODEL_WITHIN)
+        failures += tell(f"The model's SMs, up to {MODEL_WITHIN:.0%} slower than the best", verdict)
     if arguments.write_reference:
         gate.write_reference(arguments.write_reference, report.facts, report.readings)
         print(f"{arguments.write_reference} holds this run of {gate.host_of(report.facts)}")

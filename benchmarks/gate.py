@@ -82,12 +82,12 @@ def compare(
     return Verdict(failures, notes)
 
 
-def check_model(readings: list[list[Reading]], choice: int, within: float) -> Verdict:
+def check_model(readings: list[list[Reading]], choices: dict[str, int], within: float) -> Verdict:
     """Whether the model's number of SMs is as good as the best of a sweep, for each call and batch that was swept.
 
     Args:
-        choice: what get_theoretical_num_sms says; a part of the sweep.
-        within: by which part of the best time the choice may be slower.
+        choices: by the name of a call, what it takes when it is told no number; parts of the sweep.
+        within: by which part of the best time a choice may be slower.
     """
     sweeps: dict[tuple[str, int, str], dict[int, float]] = {}
     for each in readings:
@@ -98,7 +98,7 @@ def check_model(readings: list[list[Reading]], choice: int, within: float) -> Ve
     for (name, tokens, mode), times in sweeps.items():
         if len(times) == 1:
             continue
-        what = f"{name} | {tokens} tokens, {mode}"
+        what, choice = f"{name} | {tokens} tokens, {mode}", choices[name]
         if choice not in times:
             failures.append(f"{what}: the model's {choice} SMs are not in the sweep")
             continue

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import deep_ep
 from deep_ep.layout import LINE_BYTES
+from deep_ep.sm_model import Kind
 from deep_ep.utils import per_token_cast_to_fp8
 
 REGISTERED_BESIDE = 1 << 20  # bytes, for what lies beside the rows of a call
@@ -114,6 +115,7 @@ class Timed:
     """A call that is timed. ``prepare(workload, num_sms)`` makes what it needs and returns it ready to be called."""
 
     prepare: Callable[[Workload, int], Callable[[], Any]]
+    kind: Kind
     is_fp8: bool
     captures: bool = True  # whether a CUDA graph can hold it
 
@@ -160,14 +162,14 @@ def _combine(*, expanded: bool = False, in_place: bool = False) -> Callable[[Wor
 
 EXPANDED = {"do_expand": True, "expert_alignment": ALIGNMENT}
 CALLS = {
-    "dispatch": Timed(_dispatch(), is_fp8=True),
-    "dispatch, cached": Timed(_cached(), is_fp8=True),
-    "dispatch, expanded": Timed(_dispatch(**EXPANDED), is_fp8=True),
-    "dispatch, cached expanded": Timed(_cached(do_expand=True), is_fp8=True),
-    "dispatch, CPU sync": Timed(_dispatch(do_cpu_sync=True), is_fp8=True, captures=False),
-    "dispatch, in place": Timed(_in_place, is_fp8=True),
-    "dispatch bf16": Timed(_bf16, is_fp8=False),
-    "combine": Timed(_combine(), is_fp8=False),
-    "combine, in place": Timed(_combine(in_place=True), is_fp8=False),
-    "combine, expanded": Timed(_combine(expanded=True), is_fp8=False),
+    "dispatch": Timed(_dispatch(), Kind.DISPATCH, is_fp8=True),
+    "dispatch, cached": Timed(_cached(), Kind.DISPATCH, is_fp8=True),
+    "dispatch, expanded": Timed(_dispatch(**EXPANDED), Kind.EXPANDED_DISPATCH, is_fp8=True),
+    "dispatch, cached expanded": Timed(_cached(do_expand=True), Kind.EXPANDED_DISPATCH, is_fp8=True),
+    "dispatch, CPU sync": Timed(_dispatch(do_cpu_sync=True), Kind.DISPATCH, is_fp8=True, captures=False),
+    "dispatch, in place": Timed(_in_place, Kind.DISPATCH_IN_PLACE, is_fp8=True),
+    "dispatch bf16": Timed(_bf16, Kind.DISPATCH, is_fp8=False),
+    "combine": Timed(_combine(), Kind.COMBINE, is_fp8=False),
+    "combine, in place": Timed(_combine(in_place=True), Kind.COMBINE_IN_PLACE, is_fp8=False),
+    "combine, expanded": Timed(_combine(expanded=True), Kind.COMBINE_OF_SUMS, is_fp8=False),
 }

@@ -67,7 +67,7 @@ def dispatch(
         if exact and torch.compiler.is_compiling():
             torch._dynamo.graph_break("the host waits for counts: deep_ep.autograd.dispatch takes do_cpu_sync=False")
         assert topk_idx is not None  # or it has been said
-        numbers = [*_numbers(buffer, **known), num_sms or buffer._num_sms]
+        numbers = [*_numbers(buffer, **known), num_sms]
         recv_x, recv_idx, weights, *found = _find(x, topk_idx, topk_weights, buffer._key, numbers, do_expand, exact)
         handle = Route.found(found, numbers, buffer.num_ranks, exact).handle(buffer, do_expand)
     else:
@@ -143,7 +143,7 @@ class Route(NamedTuple):
 
     tensors: list[Tensor]  # in the order in which handle() takes them apart
     counts: list[int]  # num_recv_tokens_per_expert_list
-    numbers: list[int]  # experts, tokens of a rank, alignment, SMs
+    numbers: list[int]  # experts, tokens of a rank, alignment, SMs that were told of
 
     @staticmethod
     def of(handle: EPHandle) -> Route:
@@ -157,7 +157,7 @@ class Route(NamedTuple):
             handle.num_unaligned_recv_tokens_per_expert,
             handle.number,
         ]
-        numbers = [handle.num_experts, handle.num_max_tokens_per_rank, handle.expert_alignment, handle.num_sms]
+        numbers = [handle.num_experts, handle.num_max_tokens_per_rank, handle.expert_alignment, handle.told_num_sms]
         return Route(tensors, handle.num_recv_tokens_per_expert_list, numbers)
 
     @staticmethod
@@ -171,14 +171,15 @@ class Route(NamedTuple):
     def handle(self, buffer: ElasticBuffer, do_expand: bool) -> EPHandle:
         """The handle, for this layout."""
         topk_idx, slots, metadata, per_rank, aligned, end, per_expert, number = self.tensors
-        num_experts, max_tokens, alignment, num_sms = self.numbers
+        num_experts, max_tokens, alignment, told_num_sms = self.numbers
         sizes = (max_tokens, buffer.num_ranks, topk_idx.shape[1], num_experts // buffer.num_ranks, alignment)
         return EPHandle(
             do_expand=do_expand,
             num_experts=num_experts,
             expert_alignment=alignment,
             num_max_tokens_per_rank=max_tokens,
-            num_sms=num_sms,
+            num_sms=told_num_sms or buffer._num_sms[int(do_expand)][topk_idx.shape[1]],
+            told_num_sms=told_num_sms,
             topk_idx=topk_idx,
             num_recv_tokens=metadata.shape[0],
             num_expanded_tokens=sum(self.counts) if self.counts else plan.expanded_rows_at_most(*sizes),
@@ -252,7 +253,7 @@ def _follow(
             x,
             topk_weights=topk_weights,
             handle=handle,
-            num_sms=handle.num_sms,
+            num_sms=handle.told_num_sms,
             do_expand=expand,
             do_zero_padding=expand,
         )

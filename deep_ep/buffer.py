@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from deep_ep import layout, plan, validate
+from deep_ep import layout, plan, sm_model, validate
 from deep_ep.calls import dropped, registered
 from deep_ep.calls.agreement import Settings
 from deep_ep.calls.combine import AskedCombine, CombineResult, check_combine, run_combine
@@ -21,6 +21,7 @@ from deep_ep.domains import size_of
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.later import Later
+from deep_ep.sm_model import Kind
 
 logger = logging.getLogger("deep_ep")
 
@@ -102,7 +103,7 @@ class ElasticBuffer(Later):
         num_allocated_qps = validate.is_count("num_allocated_qps", num_allocated_qps, 0)
         num_max_tokens_per_rank = validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
         if num_bytes is None:
-            settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
+            settings = validate.window_settings(num_max_tokens_per_rank, hidden, num_topk)
             num_bytes = layout.window_bytes(num_ranks, *settings, allow_multiple_reduction)
         num_bytes = validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
         most = registered.MOST_BYTES
@@ -123,7 +124,8 @@ class ElasticBuffer(Later):
         # What operators of torch know a buffer by, and tracers can read (autograd.py).
         self._key = next(_KEYS)
         _BUFFERS[self._key] = self
-        self._group_ranks, self._num_sms = self._endpoint.group_ranks, self._endpoint.num_sms(0)
+        self._group_ranks, enough_sms = self._endpoint.group_ranks, self._endpoint.enough_sms
+        self._num_sms = enough_sms[Kind.DISPATCH], enough_sms[Kind.EXPANDED_DISPATCH]
         topology = self._endpoint.topology
         self.rank_idx, self.num_ranks = topology.rank, topology.num_ranks
         self.num_scaleout_ranks = self.num_rdma_ranks = topology.num_scaleout_ranks
@@ -151,7 +153,7 @@ class ElasticBuffer(Later):
             allow_hybrid_mode=allow_hybrid_mode,
             allow_multiple_reduction=allow_multiple_reduction,
         )
-        settings = _settings(num_max_tokens_per_rank, hidden, num_topk)
+        settings = validate.window_settings(num_max_tokens_per_rank, hidden, num_topk)
         return layout.window_bytes(size_of(group), *settings, allow_multiple_reduction)
 
     @staticmethod
@@ -206,22 +208,23 @@ class ElasticBuffer(Later):
         sm_read_gbs: float = 200,
         sm_write_gbs: float = 50,
     ) -> int:
-        """SMs with which a call keeps the link full, by the model of plan.theoretical_num_sms, or the most that a call
-        takes on this device, if that is less; even, at least 4. A call with ``num_sms=0`` takes as many.
+        """SMs with which a dispatch keeps the link full (deep_ep/sm_model.py), or the most that a call takes on this
+        device, if that is less; even, at least 4. With ``num_sms=0`` a plain dispatch takes these, other calls theirs.
 
         Args:
             num_experts, num_topk: do not matter inside one domain, where each row crosses the link once.
             num_scaleout_topk, rdma_gbs: do not matter without a network.
             nvlink_gbs: GB/s that kernels reach over the GPU's links in one direction; 0 stands for EP_NVLINK_GBS, or
                 what NVML tells of the links.
-            sm_read_gbs, sm_write_gbs: GB/s that one SM reads and writes at the same time.
+            sm_read_gbs, sm_write_gbs: GB/s of one SM; in proportion to 200 and 50, which stand for an H200's.
         """
         speeds = {"nvlink_gbs": nvlink_gbs, "sm_read_gbs": sm_read_gbs, "sm_write_gbs": sm_write_gbs}
         for name, gbs in speeds.items():
             validate.is_speed(name, gbs, may_be_0=name == "nvlink_gbs")
         endpoint = self._end()
-        num_sms = endpoint.theoretical_num_sms(nvlink_gbs or endpoint.nvlink_gbs, sm_read_gbs, sm_write_gbs)
-        return num_sms - num_sms % 2
+        told = endpoint.speeds.as_told(nvlink_gbs, sm_read_gbs, sm_write_gbs)
+        num_sms = sm_model.num_sms(Kind.DISPATCH, self.num_ranks, 1, told)
+        return min(num_sms, endpoint.most_sms - endpoint.most_sms % 2)
 
     def get_theoretical_num_qps(self, num_sms: int) -> int:
         """Queue pairs that a call of ``num_sms`` SMs uses: none inside one NVLink domain."""
@@ -264,8 +267,9 @@ class ElasticBuffer(Later):
             num_experts: of all ranks together; expert e lives on rank e // (num_experts / num_ranks).
             num_max_tokens_per_rank: M, the same on all ranks; None is the buffer's.
             expert_alignment: what counts per expert are rounded up to; None is 1.
-            num_sms: all SMs that this call may hold; 0 is the analytic choice. More than the device has are refused; on
-                simulated ranks, which have few, they count as all there are.
+            num_sms: all SMs that this call may hold, and its combine unless that is told otherwise; 0 is the analytic
+                choice, for each call its own. More than the device has are refused; on simulated ranks, which have few,
+                they count as all there are.
             num_qps: accepted; there are no queue pairs inside one NVLink domain.
             previous_event: what kernels wait for instead of the current stream.
             previous_event_before_epilogue: waited for before output tensors are written.
@@ -348,7 +352,7 @@ class ElasticBuffer(Later):
             handle: of that dispatch; combine goes by its current ``do_expand``.
             topk_weights: [N, K] float32 ([X] if expanded), gathered back per selection (0 where the selection is -1).
             bias: none, one or a pair of [T, H] bfloat16.
-            num_sms: 0 is the handle's; num_qps: accepted.
+            num_sms: 0 is what the handle's dispatch was told, or else the analytic choice; num_qps: accepted.
             previous_event, previous_event_before_epilogue, async_with_compute_stream: as in dispatch.
             zero_copy: x (and topk_weights) lie in registered memory (registered_empty), contiguous, and peers read them
                 there; rows of the plain layout only. The same on all ranks.
@@ -437,13 +441,3 @@ class ElasticBuffer(Later):
 
     def _usable(self) -> Endpoint:
         return self._end().usable()
-
-
-def _settings(num_max_tokens_per_rank: int, hidden: int, num_topk: int) -> tuple[int, int, int]:
-    """The three that a window's size follows from."""
-    advice = "or pass num_bytes"
-    return (
-        validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice),
-        validate.is_hidden(hidden, advice),
-        validate.is_count("num_topk", num_topk, 0, layout.MAX_TOPK),
-    )

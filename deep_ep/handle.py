@@ -25,7 +25,7 @@ class EPHandle:
     expert_alignment: int
     num_max_tokens_per_rank: int
     num_sms: int
-    """SMs of the dispatch; combine takes the same unless told otherwise."""
+    """SMs of the dispatch."""
     topk_idx: torch.Tensor
     """[T, K] topk_idx_t: the selections of this rank's tokens."""
     num_recv_tokens: int
@@ -50,6 +50,8 @@ class EPHandle:
     """[L] int32: psum_num_recv_tokens_per_expert of the plain and of the expanded layout."""
     number: torch.Tensor = field(repr=False)
     """[1] int32: which call of which buffer made it. Ranks compare it, so that all use the handle of one dispatch."""
+    told_num_sms: int = field(repr=False)
+    """What that dispatch was told, and combine takes too unless it is told otherwise; 0: nothing."""
     group_ranks: tuple[int, ...] = field(repr=False)
     """Global ranks of the group; a buffer of another group refuses the handle."""
     rank: int = field(repr=False)

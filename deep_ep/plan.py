@@ -1,11 +1,10 @@
-"""From shapes to launches: how many SMs, which warps do what, how rows are cut into pieces. Pure and cheap.
+"""From shapes to launches: which warps do what, how rows are cut into pieces. Pure and cheap.
 
-docs/protocol.md derives the numbers; docs/performance.md holds what was measured.
+docs/protocol.md derives the numbers; docs/performance.md holds what was measured; sm_model.py says how many SMs.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from deep_ep.layout import MAX_RANKS, Record, align
@@ -243,43 +242,6 @@ def expanded_rows_at_most(max_tokens: int, num_ranks: int, num_topk: int, local_
     """Rows of the expanded layout when every rank sends all it may, to as many experts here as a token can select."""
     rows = num_ranks * max_tokens * min(num_topk, local_experts) + (alignment - 1) * local_experts
     return align(rows, alignment)
-
-
-# One H200 to another, in one direction (docs/performance.md): what kernels reach, and which part that is of the wire.
-NVLINK_GBS = 365.0
-NVLINK_REACHED = NVLINK_GBS / (18 * 26.5625)
-SM_READ_GBS, SM_WRITE_GBS = 200.0, 50.0  # what one SM reads and writes at the same time
-
-
-def nvlink_gbs(wire_gbs: float | None) -> float:
-    """GB/s that kernels reach over links of so many GB/s; of an H200's where that is not known."""
-    return NVLINK_GBS if wire_gbs is None else wire_gbs * NVLINK_REACHED
-
-
-def theoretical_num_sms(
-    num_ranks: int,
-    nvlink_gbs: float = NVLINK_GBS,
-    sm_read_gbs: float = SM_READ_GBS,
-    sm_write_gbs: float = SM_WRITE_GBS,
-) -> int:
-    """SMs that keep the link full: what they read or write for each byte on the link, over what one SM can.
-
-    With R ranks of one NVLink domain and experts drawn evenly, a byte that leaves a rank is read and written once to
-    get there, and once more to get to its final row; and for each R - 1 such bytes one stays on its rank, and is read
-    and written once. So SMs read and write at most 2 + 1 / (R - 1) bytes for each byte on the link, whatever the
-    numbers of experts and selections; combine takes less.
-
-    Args:
-        num_ranks: of the NVLink domain.
-        nvlink_gbs: what kernels reach over one GPU's links in one direction.
-        sm_read_gbs, sm_write_gbs: what one SM reads and writes at the same time.
-
-    Returns:
-        an even number, at least 4.
-    """
-    bytes_of_sms = 2 + 1 / (num_ranks - 1) if num_ranks > 1 else 1
-    num_sms = nvlink_gbs * bytes_of_sms / min(sm_read_gbs, sm_write_gbs)
-    return max(4, align(math.ceil(num_sms), 2))
 
 
 def theoretical_num_qps(num_sms: int) -> int:

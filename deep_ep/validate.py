@@ -156,6 +156,16 @@ def is_hidden(value: Any, advice: str) -> int:
     return hidden
 
 
+def window_settings(num_max_tokens_per_rank: Any, hidden: Any, num_topk: Any) -> tuple[int, int, int]:
+    """The three that a window's size follows from."""
+    advice = "or pass num_bytes"
+    return (
+        is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice),
+        is_hidden(hidden, advice),
+        is_count("num_topk", num_topk, 0, MAX_TOPK),
+    )
+
+
 def is_expert_count(value: Any, num_ranks: int) -> int:
     if value is None:
         raise ValueError("num_experts must be given unless a handle is; pass the number of all ranks' experts together")

@@ -13,6 +13,14 @@ from deep_ep.event import EventOverlap, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import InPlace, pointer
 from deep_ep.ops.combine import CombineArgs, Return
+from deep_ep.sm_model import Kind
+
+KINDS = {
+    Return.ROW: Kind.COMBINE,
+    Return.IN_PLACE: Kind.COMBINE_IN_PLACE,
+    Return.SUM: Kind.COMBINE_OF_SUMS,
+    Return.EVERY_ROW: Kind.COMBINE_OF_EVERY_ROW,
+}
 
 CombineResult = tuple[torch.Tensor, torch.Tensor | None, EventOverlap]
 
@@ -80,7 +88,7 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
         num_topk=num_topk,
         num_experts=handle.num_experts,
         max_tokens=max_tokens,
-        num_sms=endpoint.num_sms(asked.num_sms or handle.num_sms),
+        num_sms=endpoint.num_sms(asked.num_sms or handle.told_num_sms, KINDS[returned], num_topk),
         returned=returned,
         has_weights=weights is not None,
     )

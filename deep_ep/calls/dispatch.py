@@ -17,8 +17,15 @@ from deep_ep.event import CallOrder, EventOverlap, Kept, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import InPlace, pointer
 from deep_ep.ops.dispatch import COPIED, WORD_BYTES, DispatchArgs, Scales
+from deep_ep.sm_model import Kind
 
 SCALES_COPIED = COPIED // WORD_BYTES  # what the copy engine moves at least
+KINDS = {  # in place, expanded
+    (False, False): Kind.DISPATCH,
+    (False, True): Kind.EXPANDED_DISPATCH,
+    (True, False): Kind.DISPATCH_IN_PLACE,
+    (True, True): Kind.EXPANDED_DISPATCH_IN_PLACE,
+}
 
 TokensOrPair = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 DispatchResult = tuple[TokensOrPair, torch.Tensor | None, torch.Tensor | None, EPHandle, EventOverlap]
@@ -65,6 +72,7 @@ class DispatchRequest(NamedTuple):
     weights: torch.Tensor | None  # [T, K]
     stats: torch.Tensor | None  # [L] int32, to be added to
     num_sms: int
+    told_num_sms: int  # 0: nothing
     plan: DispatchPlan
     exact_sizes: bool  # the host waits for the counts
     copy_topk_idx: bool
@@ -97,6 +105,7 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
     weights = validate.is_weights(asked.topk_weights, "topk_weights", num_tokens, num_topk, endpoint.device)
     expand = bool(asked.do_expand)
     exact_sizes = asked.handle is None and (asked.do_cpu_sync is None or bool(asked.do_cpu_sync))
+    kind = KINDS[in_place is not None, expand]
     shape = DispatchShape(
         num_tokens=layout.align(num_tokens, endpoint.roles.dispatch.tokens_per_counter),
         row_bytes=payload.row_bytes,
@@ -105,7 +114,7 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         num_experts=routing.num_experts,
         max_tokens=endpoint.fitting_tokens(routing.max_tokens, num_tokens),
         alignment=routing.alignment,
-        num_sms=endpoint.num_sms(asked.num_sms),
+        num_sms=endpoint.num_sms(asked.num_sms, kind, num_topk),
         has_weights=weights is not None,
         has_handle=routing.handle is not None,
         expand=expand,
@@ -123,6 +132,7 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         weights=weights,
         stats=validate.is_stats(asked.stats, routing.num_experts // endpoint.num_ranks, endpoint.device),
         num_sms=shape.num_sms,
+        told_num_sms=shape.num_sms if asked.num_sms else 0,
         plan=planned,
         exact_sizes=exact_sizes,
         copy_topk_idx=asked.do_handle_copy,
@@ -297,6 +307,7 @@ def _find_routes(call: Call) -> DispatchResult:
         expert_alignment=routing.alignment,
         num_max_tokens_per_rank=routing.max_tokens,
         num_sms=request.num_sms,
+        told_num_sms=request.told_num_sms,
         topk_idx=kept_idx,
         num_recv_tokens=sizes.tokens,
         num_expanded_tokens=sizes.expanded,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from deep_ep import environment, installation, jit, layout, plan, validate
+from deep_ep import environment, installation, jit, layout, plan, sm_model, validate
 from deep_ep.calls import dropped
 from deep_ep.calls.agreement import Settings, agree_to_build
 from deep_ep.calls.owner import Owner
@@ -95,8 +95,9 @@ class Endpoint:
         registered = self.layout["registered"]
         self.registered = Registered(self.window.part(registered.offset, registered.num_bytes))
         self.device = self.machine.device
-        self.nvlink_gbs = self.environment.nvlink_gbs or plan.nvlink_gbs(self.machine.wire_gbs)
-        self._enough_sms = self.theoretical_num_sms(self.nvlink_gbs)
+        machine = self.machine
+        self.speeds = sm_model.Speeds.of(self.environment.nvlink_gbs, machine.wire_gbs, machine.memory_gbs)
+        self.enough_sms = sm_model.table(self.num_ranks, self.speeds, self.most_sms)
         self.shared_limit = self.machine.shared_bytes_per_block
         self.window_argument = Window.of(self.layout, self.rank, self.window.addresses, number)
         # In time for the host too: by the kernels' notice it can say whom it has waited for.
@@ -384,11 +385,11 @@ class Endpoint:
             plan = self.plans[make, shape] = make(self, shape)
         return plan
 
-    def num_sms(self, given: Any) -> int:
+    def num_sms(self, given: Any, kind: sm_model.Kind, num_topk: int) -> int:
         """SMs of a call; 0 stands for the analytic choice."""
         num_sms = validate.is_count("num_sms", given, 0)
         if num_sms == 0:
-            return self._enough_sms
+            return self.enough_sms[kind][num_topk]
         if self.machine.name == "cuda":
             validate.is_count("num_sms", num_sms, 1, self.most_sms, "a call on this device takes no more")
         return num_sms
@@ -397,10 +398,6 @@ class Endpoint:
     def most_sms(self) -> int:
         """What a call can use: all that the device has, as far as the window has room for what blocks count."""
         return min(self.machine.num_sms, layout.MAX_BLOCKS)
-
-    def theoretical_num_sms(self, nvlink_gbs: float, *sm_gbs: float) -> int:
-        """plan.theoretical_num_sms, or the most that a call can use, if that is less."""
-        return min(plan.theoretical_num_sms(self.num_ranks, nvlink_gbs, *sm_gbs), self.most_sms)
 
     def num_blocks(self, num_sms: int) -> int:
         """Of a launch: a block an SM, while there are any."""

@@ -62,6 +62,8 @@ class Machine(Protocol):
     num_sms: int
     wire_gbs: float | None
     """GB/s of all links of this rank's GPU together, in one direction; None where nobody can tell."""
+    memory_gbs: float | None
+    """GB/s that the memory of this rank's GPU is made for; None where nobody can tell."""
     shared_bytes_per_block: int
     """The most dynamic shared memory that a block can have."""
     comm_stream: Any

@@ -102,6 +102,18 @@ class CudaMachine:
             self._context = self._call("cuCtxGetCurrent")
             most = self._driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
             self.shared_bytes_per_block = self._call("cuDeviceGetAttribute", most, self.device.index)
+            self.memory_gbs = self._memory_gbs()
+
+    def _memory_gbs(self) -> float | None:
+        """By clock and width: two transfers a clock."""
+        names = self._driver.CUdevice_attribute
+        asked = names.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, names.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH
+        try:
+            khz, bits = (int(self._call("cuDeviceGetAttribute", each, self.device.index)) for each in asked)
+        except EPError as error:  # the figure only helps to choose a number of SMs
+            logger.debug("the speed of %s's memory is unknown: %s", self.device, error)
+            return None
+        return 2 * khz * bits / 8 / 1e6 or None
 
     def _look_at_host(self) -> None:
         """Raise whatever is wrong with this rank's host."""

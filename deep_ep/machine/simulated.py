@@ -205,6 +205,7 @@ class SimulatedMachine:
     device = torch.device("cpu")
     num_sms = NUM_SMS
     wire_gbs: float | None = None
+    memory_gbs: float | None = None
     shared_bytes_per_block = SHARED_BYTES_PER_BLOCK
     comm_stream = None
     launches_finish = True

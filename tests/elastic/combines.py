@@ -22,7 +22,7 @@ class Options:
         expanded: rows have the expanded layout.
         multiple_reduction: those of a token are added on their rank first.
         row_gaps: rows, and those of biases, lie further apart than they are long.
-        num_sms: of the call; 0 is the handle's.
+        num_sms: of the call; 0 is what the handle's dispatch was told, or the analytic choice.
     """
 
     expanded: bool = False

@@ -128,6 +128,7 @@ class ThreadMachine:
     device = torch.device("cpu")
     shared_bytes_per_block = SHARED_BYTES_PER_BLOCK
     wire_gbs: float | None = None
+    memory_gbs: float | None = None
     comm_stream = None
     launches_finish = False
     gone: Mapping[int, str] = {}

@@ -44,6 +44,7 @@ class FakeMachine:
     name, device, comm_stream = "simulated", torch.device("cpu"), None
     num_sms, shared_bytes_per_block = 4, 232448
     wire_gbs: float | None = None
+    memory_gbs: float | None = None
     gone: Mapping[int, str] = {}
     launches_finish = False
 

@@ -17,7 +17,7 @@ from benchmarks import ep, gate
 from benchmarks.ceilings import Ceilings
 from benchmarks.report import Reading, Report, panels_of
 from benchmarks.timing import MODES, kernel_times
-from benchmarks.workload import CALLS, Timed
+from benchmarks.workload import CALLS
 from deep_ep import ElasticBuffer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +146,7 @@ def sweep(times: dict[int, float], **changes: Any) -> list[list[Reading]]:
 
 def test_model_within_a_sweep() -> None:
     flat = {8: 300.0, 16: 170.0, 22: 120.0, 24: 118.0, 48: 116.0}
-    verdict = gate.check_model([*sweep(flat), *RUN[2:]], 22, 0.05)
+    verdict = gate.check_model([*sweep(flat), *RUN[2:]], {"dispatch": 22, "combine": 4, "barrier": 1}, 0.05)
     assert verdict.failures == []
     assert verdict.notes == [
         "dispatch | 4096 tokens, eager: 121.2 us with the model's 22 SMs, 3% above the best of the sweep (117.2 with "
@@ -157,12 +157,20 @@ def test_model_within_a_sweep() -> None:
 def test_model_outside_of_a_sweep() -> None:
     """Too few SMs fail, and so do too many where more are slower; each call and batch is judged by itself."""
     steep, hump = {16: 176.0, 22: 140.0, 32: 115.0, 48: 112.0}, {16: 95.0, 22: 120.0, 32: 130.0, 48: 140.0}
-    verdict = gate.check_model([*sweep(steep), *sweep(hump, tokens=128)], 22, 0.05)
+    verdict = gate.check_model([*sweep(steep), *sweep(hump, tokens=128)], {"dispatch": 22}, 0.05)
     assert [line.split(":")[0] for line in verdict.failures] == [
         "dispatch | 4096 tokens, eager",
         "dispatch | 128 tokens, eager",
     ]
     assert "25% above the best of the sweep (113.1 with 48); 32 are enough" in verdict.failures[0]
+
+
+def test_each_call_has_its_own_choice() -> None:
+    steep = {16: 176.0, 22: 140.0, 32: 115.0, 48: 112.0}
+    run = [*sweep(steep), *sweep(steep, name="combine")]
+    verdict = gate.check_model(run, {"dispatch": 32, "combine": 22}, 0.05)
+    assert [line.split(":")[0] for line in verdict.failures] == ["combine | 4096 tokens, eager"]
+    assert [line.split(":")[0] for line in verdict.notes] == ["dispatch | 4096 tokens, eager"]
 
 
 def test_fit() -> None:
@@ -173,9 +181,9 @@ def test_fit() -> None:
 
 
 def test_model_that_was_not_measured() -> None:
-    (line,) = gate.check_model(sweep({16: 176.0, 24: 150.0}), 22, 0.05).failures
+    (line,) = gate.check_model(sweep({16: 176.0, 24: 150.0}), {"dispatch": 22}, 0.05).failures
     assert "the model's 22 SMs are not in the sweep" in line
-    (line,) = gate.check_model(RUN[2:], 22, 0.05).failures
+    (line,) = gate.check_model(RUN[2:], {"dispatch": 22, "combine": 22}, 0.05).failures
     assert "nothing was swept" in line
 
 
@@ -241,8 +249,7 @@ class MadeUpTimes:
 def calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that say with how many SMs they were made."""
     for name, call in CALLS.items():
-        fake = Timed(lambda workload, sms: lambda: sms, is_fp8=call.is_fp8, captures=call.captures)
-        monkeypatch.setitem(CALLS, name, fake)
+        monkeypatch.setitem(CALLS, name, replace(call, prepare=lambda workload, sms: lambda: sms))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Made Up")
     monkeypatch.setattr(ep, "barrier", lambda buffer: None)
 
@@ -251,7 +258,7 @@ def run(buffer: ElasticBuffer, *options: str, stopwatch: Any = None) -> tuple[Re
     arguments = ep.parse([*SMALL, *options])
     report = Report(ep.title(arguments, buffer, CEILINGS), ep.facts(arguments, buffer, CEILINGS))
     ep.measure(arguments, report, buffer, stopwatch or MadeUpTimes(), CEILINGS, torch.device("cpu"))
-    return report, ep.finish(arguments, report, choice=8)
+    return report, ep.finish(arguments, report, ep.choices(buffer, arguments.topk))
 
 
 def test_a_whole_run(calls: None, buffer: ElasticBuffer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,7 +315,8 @@ def test_the_gate_by_its_options(
 def test_the_model_by_its_option(calls: None, buffer: ElasticBuffer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(buffer, "--check-model")[1] is True
     assert "FAILED combine | 8 tokens, eager: " in capsys.readouterr().out
-    assert run(buffer, "--check-model", "--sms", "4,8", "--decode-sms", "2,8")[1] is False
+    assert run(buffer, "--check-model", "--sms", "3", "--decode-sms", "2,1")[1] is False  # 4 SMs are the model's here
+    assert "OK\n  dispatch | 8 tokens, eager: 25.2 us with the model's 4 SMs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

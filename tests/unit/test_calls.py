@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import deep_ep
-from deep_ep import ElasticBuffer, layout
+from deep_ep import ElasticBuffer, autograd, layout, sm_model
+from deep_ep.sm_model import Kind
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
 
 
@@ -90,22 +91,54 @@ def test_handle_keeps_a_copy_unless_told_otherwise(buffer: ElasticBuffer) -> Non
 
 
 def test_analytic_num_sms(machine: FakeMachine, buffer: ElasticBuffer) -> None:
-    """Not more than there are; combine takes what dispatch took."""
+    """Not more than there are; combine takes what dispatch was told."""
     assert dispatch(buffer, do_cpu_sync=False).num_sms == 4
     handle = dispatch(buffer, do_cpu_sync=False, num_sms=2)
     buffer.combine(torch.zeros(8, HIDDEN, dtype=torch.bfloat16), handle)
     assert [launch[:2] for launch in machine.launches] == [("dispatch", 4), ("dispatch", 2), ("combine", 2)]
 
 
+@pytest.mark.parametrize("adds_first", [False, True])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_each_kind_of_call_has_its_own_number(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, with_gradients: bool, adds_first: bool
+) -> None:
+    """Where nobody says one; what the dispatch was told, its combine and its gradient take too."""
+    machine.num_sms, sms = 132, {kind: 20 + i for i, kind in enumerate(Kind)}
+    monkeypatch.setattr(sm_model, "table", lambda *_: {kind: (0, 0, sms[kind]) for kind in Kind})  # of 2 selections
+    buffer = build(allow_multiple_reduction=adds_first)
+    idx = torch.tensor([[0, 1]] * 3, dtype=deep_ep.topk_idx_t)
+    x, given = torch.zeros(3, HIDDEN, dtype=torch.bfloat16), {"topk_idx": idx, "num_experts": 4, "do_cpu_sync": False}
+
+    def taken(expand: bool, **told: int) -> list[int]:
+        machine.launches.clear()
+        if with_gradients:
+            asking = x.clone().requires_grad_()
+            rows, _, _, handle = autograd.dispatch(buffer, asking, do_expand=expand, **given, **told)
+            autograd.combine(buffer, rows, handle)[0].sum().backward()
+        else:
+            rows, _, _, handle, _ = buffer.dispatch(x, do_expand=expand, **given, **told)
+            buffer.combine(rows, handle)
+        assert handle.num_sms == machine.launches[0][1]
+        return [num_blocks for _, num_blocks, _ in machine.launches]
+
+    calls_of_each = 2 if with_gradients else 1  # the gradient of one is the other
+    sums = Kind.COMBINE_OF_SUMS if adds_first else Kind.COMBINE_OF_EVERY_ROW
+    assert taken(False) == [sms[Kind.DISPATCH], sms[Kind.COMBINE]] * calls_of_each
+    assert taken(True) == [sms[Kind.EXPANDED_DISPATCH], sms[sums]] * calls_of_each
+    for expand in (False, True):
+        assert taken(expand, num_sms=6) == [6, 6] * calls_of_each
+
+
 def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the caller says, or else the environment, or else NVML; and an H200's where nobody says anything."""
     machine.num_sms = 132
-    assert build().get_theoretical_num_sms(256, 8) == 8
-    assert build().get_theoretical_num_sms(256, 8, nvlink_gbs=730) == 16
+    assert build().get_theoretical_num_sms(256, 8) == 10
+    assert build().get_theoretical_num_sms(256, 8, nvlink_gbs=730) == 20
     assert build().get_theoretical_num_sms(256, 8, sm_write_gbs=25) == 16
-    assert build().get_theoretical_num_sms(256, 8, sm_read_gbs=25) == 16
+    assert build().get_theoretical_num_sms(256, 8, sm_read_gbs=50) == 18
     machine.wire_gbs = 18 * 53.125
-    assert build().get_theoretical_num_sms(256, 8) == 16
+    assert build().get_theoretical_num_sms(256, 8) == 20
     monkeypatch.setenv("EP_NVLINK_GBS", "100")
     assert build().get_theoretical_num_sms(256, 8) == 4
     with pytest.raises(ValueError, match="sm_write_gbs must be a number of GB/s more than 0, but it is 0"):
@@ -115,6 +148,7 @@ def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: py
 def test_analytic_num_sms_is_what_a_call_takes(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not more than the device has, nor than the window has room for; and even, for whoever asks."""
     monkeypatch.setattr(machine, "name", "cuda")
+    machine.memory_gbs = 1e6
     for machine.num_sms, most in ((4, 4), (7, 6), (132, 132), (layout.MAX_BLOCKS + 28, layout.MAX_BLOCKS)):
         buffer = build()
         assert buffer.get_theoretical_num_sms(256, 8, nvlink_gbs=1e5) == most

@@ -49,6 +49,7 @@ class FakeDriver:
         self.launches: list[tuple[Any, bytes]] = []
         self.statuses = [SUCCESS] * 100
         self.dynamic_bytes = 0
+        self.attribute_status = SUCCESS
 
     def __getattr__(self, name: str) -> Any:
         return getattr(driver, name)
@@ -64,6 +65,14 @@ class FakeDriver:
     def cuModuleUnload(self, module: str) -> tuple[Any]:  # noqa: N802
         self.calls.append(f"unload {module}")
         return (SUCCESS,)
+
+    def cuDeviceGetAttribute(self, attribute: Any, device: int) -> tuple[Any, int]:  # noqa: N802
+        names = driver.CUdevice_attribute
+        khz_and_bits = {
+            names.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: 3201000,
+            names.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: 6144,
+        }
+        return self.attribute_status, khz_and_bits[attribute]
 
     def cuFuncGetAttribute(self, attribute: Any, function: str) -> tuple[Any, int]:  # noqa: N802
         assert (attribute, function) == (driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, "function")
@@ -159,6 +168,13 @@ def test_a_thread_without_the_context_gets_it(machine: cuda.CudaMachine) -> None
     launch(machine, CopyArgs())
     assert "make context current" in fake_of(machine).calls
     assert len(fake_of(machine).launches) == 2
+
+
+def test_the_speed_of_memory(machine: cuda.CudaMachine) -> None:
+    """An H200's, as the driver has it; no error if it does not say."""
+    assert machine._memory_gbs() == pytest.approx(4916.7, abs=0.1)
+    fake_of(machine).attribute_status = driver.CUresult.CUDA_ERROR_NOT_SUPPORTED
+    assert machine._memory_gbs() is None
 
 
 def test_a_failed_launch_names_kernel_shape_and_reason(machine: cuda.CudaMachine) -> None:

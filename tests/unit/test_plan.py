@@ -124,28 +124,3 @@ def test_traffic(num_ranks: int, num_topk: int) -> None:
 def test_some_block_sends(send_share: float, num_blocks: int) -> None:
     roles = CombineRoles(Crew(1, 2, 1), num_warps=2, send_share=send_share, heralds=False)
     assert 1 <= roles.num_send_blocks(num_blocks) <= num_blocks
-
-
-@given(
-    num_ranks=st.integers(1, MAX_RANKS),
-    nvlink_gbs=st.floats(1, 2000),
-    sm_read_gbs=st.floats(0.1, 500),
-    sm_write_gbs=st.floats(0.1, 500),
-)
-def test_theoretical_num_sms(num_ranks: int, nvlink_gbs: float, sm_read_gbs: float, sm_write_gbs: float) -> None:
-    num_sms = plan.theoretical_num_sms(num_ranks, nvlink_gbs, sm_read_gbs, sm_write_gbs)
-    assert num_sms >= 4
-    assert num_sms % 2 == 0
-    assert num_sms <= plan.theoretical_num_sms(num_ranks, nvlink_gbs + 100, sm_read_gbs, sm_write_gbs)
-    assert num_sms >= plan.theoretical_num_sms(num_ranks, nvlink_gbs, sm_read_gbs, sm_write_gbs + 100)
-
-
-def test_theoretical_num_sms_of_h200() -> None:
-    """365 GB/s times 3 bytes written for each on the link of 2 ranks, times 2 1/7 of 8, over 50 GB/s an SM."""
-    assert plan.theoretical_num_sms(2) == 22
-    assert plan.theoretical_num_sms(8) == 16
-
-
-def test_what_kernels_reach_of_a_link() -> None:
-    assert plan.nvlink_gbs(None) == plan.nvlink_gbs(18 * 26.5625) == 365
-    assert plan.nvlink_gbs(18 * 53.125) == 730

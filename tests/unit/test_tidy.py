@@ -19,7 +19,7 @@ PACKAGE = ROOT / "deep_ep"
 INCLUDE = PACKAGE / "include" / "deep_ep"
 
 # Part of the package -> the parts that it may import, beside itself. A part is a top-level module or folder.
-PURE = frozenset({"errors", "layout", "plan", "topology", "waiting"})
+PURE = frozenset({"errors", "layout", "plan", "sm_model", "topology", "waiting"})
 MAY_IMPORT = {
     **dict.fromkeys(PURE, PURE),
     "environment": {"errors"},

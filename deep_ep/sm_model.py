@@ -1,0 +1,154 @@
+"""How many SMs a call takes that is told none: the fewest that keep busy what limits it, the link or the memory. Pure.
+
+By what was measured (docs/performance.md, "How many SMs"), the time of a call with n SMs is
+
+    fixed + max(work / n, bytes on the link / the link's speed, bytes of memory / the memory's speed)
+
+so it gains nothing from more SMs than work over the greater of the other two. All of them grow with the number of bytes
+on the link, and with nothing else that a call brings, so the number is one for all sizes of batches and all formats of
+rows. An SM loads and stores one after the other (note 24 there), so its work is the sum of both.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from deep_ep.layout import MAX_TOPK, align
+from deep_ep.plan import Traffic
+
+# One H200 to another, in one direction: what kernels reach, and which part that is of the wire.
+NVLINK_GBS = 365.0
+NVLINK_REACHED = NVLINK_GBS / (18 * 26.5625)
+# An H200's memory, what is read and what is written together: what a copy reaches, and which part that is of 6144 bits
+# at 2 x 3201 MHz.
+MEMORY_GBS = 4248.0
+MEMORY_REACHED = MEMORY_GBS / 4916.7
+
+NOMINAL_SM_READ_GBS, NOMINAL_SM_WRITE_GBS = 200.0, 50.0  # the public interface's, of an SM that does both at a time
+
+
+class Kind(enum.Enum):
+    """Calls that differ in what SMs do for a byte on the link. A dispatch by a handle does what any other does."""
+
+    DISPATCH = "dispatch"
+    EXPANDED_DISPATCH = "expanded dispatch"
+    DISPATCH_IN_PLACE = "dispatch of rows that peers read in place"
+    EXPANDED_DISPATCH_IN_PLACE = "expanded dispatch of such rows"
+    COMBINE = "combine"
+    COMBINE_IN_PLACE = "combine of rows that peers read in place"
+    COMBINE_OF_SUMS = "combine of expanded rows, added on their rank first"
+    COMBINE_OF_EVERY_ROW = "combine of expanded rows, one by one"
+
+
+EXPANDED = (Kind.EXPANDED_DISPATCH, Kind.EXPANDED_DISPATCH_IN_PLACE)
+DISPATCHES = (Kind.DISPATCH, Kind.DISPATCH_IN_PLACE, *EXPANDED)
+IN_PLACE = (Kind.DISPATCH_IN_PLACE, Kind.EXPANDED_DISPATCH_IN_PLACE, Kind.COMBINE_IN_PLACE)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """GB/s: of the link and the memory what kernels reach, of one SM what it reaches while it does nothing else. The
+    latter were fitted to the sweeps in tests/unit/test_sm_model.py."""
+
+    link: float = NVLINK_GBS
+    """Of one GPU, in one direction."""
+    memory: float = MEMORY_GBS
+    load: float = 150.0
+    store: float = 55.0
+    add: float = 85.0
+    """Loads of expanded rows that are added before they travel: by threads, many rows at once."""
+
+    @staticmethod
+    def of(nvlink_gbs: float | None, wire_gbs: float | None, memory_gbs: float | None) -> Speeds:
+        """Of a machine; an H200's where nothing is known.
+
+        Args:
+            nvlink_gbs: what kernels reach over one GPU's links in one direction, if somebody has said so.
+            wire_gbs, memory_gbs: what those links and the memory are made for.
+        """
+        return Speeds(
+            link=nvlink_gbs or (wire_gbs * NVLINK_REACHED if wire_gbs else NVLINK_GBS),
+            memory=memory_gbs * MEMORY_REACHED if memory_gbs else MEMORY_GBS,
+        )
+
+    def as_told(self, nvlink_gbs: float, sm_read_gbs: float, sm_write_gbs: float) -> Speeds:
+        """These, but for what a caller of get_theoretical_num_sms knows better; a link of 0 GB/s is not known.
+
+        What is said of an SM is in proportion to what the interface takes for granted, of SMs as they were measured.
+        """
+        reads, writes = sm_read_gbs / NOMINAL_SM_READ_GBS, sm_write_gbs / NOMINAL_SM_WRITE_GBS
+        link, load, store, add = nvlink_gbs or self.link, self.load * reads, self.store * writes, self.add * reads
+        return replace(self, link=link, load=load, store=store, add=add)
+
+
+class Work(NamedTuple):
+    """Bytes for each byte that a rank sends over its link, if experts are drawn evenly. A rank that is alone sends
+    none; then for each byte of its tokens."""
+
+    loaded: float
+    added: float
+    stored: float
+    memory: float
+    """Of this rank's memory, in both directions: all these, but for rows from peers, which are loaded while the cache
+    still has them. What SMs store at peers, peers store here."""
+
+    def sm_seconds(self, speeds: Speeds) -> float:
+        """Of one SM, for a GB on the link."""
+        return self.loaded / speeds.load + self.added / speeds.add + self.stored / speeds.store
+
+
+def work_of(kind: Kind, num_ranks: int, num_topk: int) -> Work:
+    """What each kind of call loads and stores (docs/protocol.md says why), rows and no more.
+
+    Dispatch: a row for a peer is loaded, and stored there. A row that has come, or that stays, is loaded once and
+    stored at each of its places: one, or in the expanded layout one for each selection of an expert here.
+
+    Combine: a row for a peer is loaded, and stored there. Rows that have come, and own ones, are loaded and added, and
+    each token's sum is stored. Of sums, all expanded rows are loaded before anything travels; only what has come is
+    loaded after that.
+
+    In place nothing is sent: what has come is loaded from the peer instead.
+
+    With 2 ranks and 8 selections a dispatch loads 3 bytes and stores 3 (expanded 9), combine loads 3 (of sums 9, and 8
+    of them are added) and stores 2.
+    """
+    traffic = Traffic.of(num_ranks, num_topk, expand=kind in EXPANDED)
+    if kind is Kind.COMBINE_OF_EVERY_ROW:
+        traffic = Traffic(sent=num_topk * (num_ranks - 1) / num_ranks, kept=num_topk / num_ranks, places=1.0)
+    unit, sent = (traffic.sent, 1) if num_ranks > 1 else (traffic.kept, 0)
+    pushed = 0 if kind in IN_PLACE else sent
+    received = (traffic.sent + traffic.kept) / unit
+    loaded, added, stored = pushed + received, 0.0, pushed + 1 / unit
+    if kind in DISPATCHES:
+        stored = pushed + received * traffic.places
+    elif kind is Kind.COMBINE_OF_SUMS:
+        loaded, added = sent, num_topk / unit
+    return Work(loaded, added, stored, memory=loaded + added + stored - pushed)
+
+
+def num_sms(kind: Kind, num_ranks: int, num_topk: int, speeds: Speeds) -> int:
+    """SMs with which the link, or the memory, becomes the limit.
+
+    Args:
+        num_ranks: of the NVLink domain.
+        num_topk: selections of a token, at least 1; a dispatch of plain rows takes as many SMs for any number.
+
+    Returns:
+        an even number, at least 4, whatever a device has.
+    """
+    work = work_of(kind, num_ranks, num_topk)
+    link_gbs = min(speeds.link, speeds.memory / work.memory)
+    return max(4, align(math.ceil(link_gbs * work.sm_seconds(speeds)), 2))
+
+
+def table(num_ranks: int, speeds: Speeds, most: int) -> dict[Kind, tuple[int, ...]]:
+    """Of every kind, what calls take by their number of selections, from 0 (which no call has) on.
+
+    Args:
+        most: what a call can use on this device.
+    """
+    topks = [max(1, num_topk) for num_topk in range(MAX_TOPK + 1)]
+    return {kind: tuple(min(num_sms(kind, num_ranks, topk, speeds), most) for topk in topks) for kind in Kind}
