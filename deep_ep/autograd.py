@@ -99,7 +99,9 @@ def combine(
         if handle is None:
             raise TypeError("handle must be the EPHandle that dispatch returned, but it is a NoneType")
         _look_at(buffer, handle, x=x, topk_weights=topk_weights)
-        validate.biases(bias, len(handle.topk_idx), x.shape[-1], handle.topk_idx.device)
+        dims, device = "XH" if handle.do_expand else "NH", handle.topk_idx.device
+        validate.is_tensor("x", x, dims, torch.bfloat16, device)
+        validate.biases(bias, len(handle.topk_idx), x.shape[1], device)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
     combined, weights = _combine(x, topk_weights, biases, *Route.of(handle), buffer._key, handle.do_expand)
     return combined, None if topk_weights is None else weights

@@ -60,7 +60,8 @@ class EPHandle:
 
     def __init__(self, **values: Any) -> None:
         """Every field by name. The package alone makes handles, one in most calls."""
-        self._set(**{**values, "_kept": None})
+        self._set(**values)
+        self._set(_kept=None)  # also where the values are those of another handle
 
     def _set(self, **values: Any) -> None:
         """Past __setattr__, and as torch.compile can follow it: that of torch 2.11 knows no __dict__.update()."""

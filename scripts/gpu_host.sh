@@ -122,7 +122,7 @@ step_initcheck() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 EP_JIT_WITH_LINEINFO=1 ranks 2 --no-python bash -c \
     '[ "$RANK" -eq 0 ] || TOOL=; exec $TOOL python3 '"$SANITIZED" >"$found" 2>&1 || { tail -n 40 "$found"; return 1; }
   awk '/Uninitialized/ { what = $0; if (!/Memcpy/) getline what; gsub(/0x[0-9a-f]+/, "", what); print what }' "$found" | sort | uniq -c | sort -rn
-  grep "round trips" "$found" || true
+  grep "round trips" "$found" || true # that it came to its end, its exit code has said
   if grep -q "at .*deep_ep_" "$found"; then
     echo "uninitialised memory was read by a kernel of ours:"
     grep -m 5 -B 1 -A 3 "at .*deep_ep_" "$found"

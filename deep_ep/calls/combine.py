@@ -82,13 +82,14 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
     biases = validate.biases(asked.bias, num_tokens, hidden, device)
     for added in biases:
         validate.carries_no_gradient("combine", bias=added)
+    told = validate.is_count("num_sms", asked.num_sms, 0)
     max_tokens = endpoint.fitting_tokens(handle.num_max_tokens_per_rank, num_tokens)
     shape = CombineShape(
         row_bytes=hidden * x.element_size(),
         num_topk=num_topk,
         num_experts=handle.num_experts,
         max_tokens=max_tokens,
-        num_sms=endpoint.num_sms(asked.num_sms or handle.told_num_sms, KINDS[returned], num_topk),
+        num_sms=endpoint.num_sms(told or handle.told_num_sms, KINDS[returned], num_topk),
         returned=returned,
         has_weights=weights is not None,
     )
@@ -119,7 +120,8 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
             reads=(x, weights, metadata, handle.topk_idx, slots, per_rank, handle.number, *request.biases),
             writes=results,
         )
-    return combined_x, combined_weights, order.end(given, results, handle.kept)
+        event = order.end(given, results, handle.kept)
+    return combined_x, combined_weights, event
 
 
 def _arguments(

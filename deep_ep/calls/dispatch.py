@@ -298,8 +298,8 @@ def _find_routes(call: Call) -> DispatchResult:
         order.wait_for(request.timing.previous_event_before_epilogue)
         divisions = [receiving] if request.exact_sizes else request.plan.whole
         call.launch(divisions, (), (*found, *outputs.tensors, *routes))
-    pieces = (kept_idx, slots, *routes.pieces)
-    event = call.end((routing.topk_idx,), (*outputs.tensors, *pieces))
+        pieces = (kept_idx, slots, *routes.pieces)
+        event = call.end((routing.topk_idx,), (*outputs.tensors, *pieces))
 
     handle = EPHandle(
         do_expand=request.expand,
@@ -338,6 +338,6 @@ def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
         args.counts = routes.argument()
         call.order.wait_for(request.timing.previous_event_before_epilogue)
         call.launch(request.plan.whole, (handle.dst_buffer_slot_idx, *routes), outputs.tensors)
-    event = call.end((), outputs.tensors, handle.kept)
+        event = call.end((), outputs.tensors, handle.kept)
     handle.turn_to(request.expand)
     return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

@@ -180,6 +180,8 @@ class CudaMachine:
             raise TypeError(f"{kernel.name} takes a {kernel.args.__name__}, but args is a {type(args).__name__}")
         loaded = self._loaded.get(id(kernel))
         if loaded is None:
+            if self._closed:  # by a handler of a signal, in the midst of a call: the window has gone
+                raise EPError("this machine cannot be used any more: it was closed")
             self.prepare([kernel])
             loaded = self._loaded[id(kernel)]
         if stream is None:

@@ -120,7 +120,6 @@ class Host:
             for line in self._lines.values():
                 line.close()
             self._ear.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
             self._at_the_end()
 
     def _missing_in(self, asks: Mapping[int, Ask]) -> dict[int, str]:
@@ -128,15 +127,19 @@ class Host:
         return {rank: why for rank, why in sorted((late | self._missing).items()) if rank not in asks}
 
     def _let_in(self) -> None:
+        """Then the folder has served its purpose: a process that is killed later leaves nothing behind."""
         deadline = time.monotonic() + self._limit_s
-        with self._door:
-            sources = [self._door, self._ear]
-            while self._missing and self._door in wait(sources, max(0.0, deadline - time.monotonic())):
-                visitor, _ = self._door.accept()
-                line = Connection(visitor.detach())
-                rank = line.recv()
-                self._lines[rank] = line
-                self._missing.pop(rank, None)
+        try:
+            with self._door:
+                sources = [self._door, self._ear]
+                while self._missing and self._door in wait(sources, max(0.0, deadline - time.monotonic())):
+                    visitor, _ = self._door.accept()
+                    line = Connection(visitor.detach())
+                    rank = line.recv()
+                    self._lines[rank] = line
+                    self._missing.pop(rank, None)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _wait(self, lines: Iterable[Connection], until: float) -> list[Any]:
         """The lines on which something comes by then, or until the thread is to end; none if ``leave`` was called."""

@@ -19,6 +19,7 @@ from tests.sim.swarm import ROLES
 
 TOKENS, HIDDEN, EXPERTS = 6, 64, 4
 ANYTHING = (0x12345678, -1, 0)  # what fresh memory may hold
+AN_EXPERT = EXPERTS - 1  # what it holds where selections go: by anything else, nobody would look at the rest
 
 
 def call_all(buffer: Buffer, num_max_tokens: int, expanded: bool) -> None:
@@ -59,12 +60,14 @@ def _one_torch_thread() -> None:
 
 @pytest.fixture(params=ANYTHING, ids=hex)
 def _fresh_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a dispatch is to write places and counts, there is something already."""
+    """Where a dispatch is to write places and counts, there is something already; and where it keeps selections, which
+    it may do or not before it fails."""
+    contents = {torch.int32: request.param, torch.int64: AN_EXPERT}
 
     def filling(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def filled(*like: Any, **how: Any) -> torch.Tensor:
             tensor = allocate(*like, **how)
-            return tensor.fill_(request.param) if tensor.dtype == torch.int32 else tensor
+            return tensor.fill_(contents[tensor.dtype]) if tensor.dtype in contents else tensor
 
         return filled
 

@@ -93,6 +93,8 @@ COMBINE_MISTAKES = [
     ("buffer", None, TypeError),
     ("x", (X, X), TypeError),
     ("x", X[:2], ValueError),
+    ("x", X[0, 0], ValueError),
+    ("x", X.float(), TypeError),
     ("topk_weights", 1.0, TypeError),
     ("bias", 5, TypeError),
     ("bias", X[:2], ValueError),

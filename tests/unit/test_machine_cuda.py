@@ -206,6 +206,15 @@ def test_the_machine_closes_once_and_gives_back_what_it_took(machine: cuda.CudaM
     assert fake_of(machine).calls.count("unload module") == 1
 
 
+def test_a_closed_machine_launches_nothing(machine: cuda.CudaMachine) -> None:
+    """A handler of a signal may destroy a buffer between the two launches of a dispatch."""
+    launch(machine, CopyArgs())
+    machine.close()
+    with pytest.raises(EPError, match="cannot be used any more: it was closed"):
+        launch(machine, CopyArgs())
+    assert len(fake_of(machine).launches) == 1
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_nothing_is_given_back_before_the_device_is_done(
     machine: cuda.CudaMachine, monkeypatch: pytest.MonkeyPatch, together: bool

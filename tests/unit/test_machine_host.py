@@ -60,6 +60,8 @@ def the_host_has_finished() -> None:
     rank = Rank(dist.group.WORLD)
     rank.launch()
     if rank.machine.rank == 0:
+        assert rank.machine._host is not None
+        assert not os.path.exists(os.path.dirname(rank.machine._host.address)), "nothing is left if it is killed now"
         world = world_of(rank)
         del rank
         dist.barrier()
