@@ -102,9 +102,11 @@ class ElasticBuffer(Later):
         validate.is_count("sl_idx", sl_idx, 0, validate.MAX_SERVICE_LEVEL)
         num_allocated_qps = validate.is_count("num_allocated_qps", num_allocated_qps, 0)
         num_max_tokens_per_rank = validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
+        num_label_bytes = None
         if num_bytes is None:
             settings = validate.window_settings(num_max_tokens_per_rank, hidden, num_topk)
             num_bytes = layout.window_bytes(num_ranks, *settings, allow_multiple_reduction)
+            num_label_bytes = layout.labels_bytes(num_ranks, num_max_tokens_per_rank, num_topk or layout.MAX_TOPK)
         num_bytes = validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
         most = registered.MOST_BYTES
         num_registered_bytes = validate.is_count("num_registered_bytes", num_registered_bytes, 0, most)
@@ -119,7 +121,9 @@ class ElasticBuffer(Later):
         self.num_allocated_qps = num_allocated_qps
         cpu_timeout = validate.is_timeout("num_cpu_timeout_secs", num_cpu_timeout_secs)
         gpu_timeout = validate.is_timeout("num_gpu_timeout_secs", num_gpu_timeout_secs)
-        settings_of_all = Settings(num_bytes, num_max_tokens_per_rank, allow_multiple_reduction, num_registered_bytes)
+        settings_of_all = Settings(
+            num_bytes, num_max_tokens_per_rank, allow_multiple_reduction, num_label_bytes, num_registered_bytes
+        )
         self._endpoint = Endpoint(group, settings_of_all, cpu_timeout, gpu_timeout)
         # What operators of torch know a buffer by, and tracers can read (autograd.py).
         self._key = next(_KEYS)
@@ -154,7 +158,7 @@ class ElasticBuffer(Later):
             allow_multiple_reduction=allow_multiple_reduction,
         )
         settings = validate.window_settings(num_max_tokens_per_rank, hidden, num_topk)
-        return layout.window_bytes(size_of(group), *settings, allow_multiple_reduction)
+        return layout.window_bytes(size_of(group), *settings, allow_multiple_reduction, sizes_are_told=False)
 
     @staticmethod
     def capture() -> EventHandle:

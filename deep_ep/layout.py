@@ -13,6 +13,7 @@ from dataclasses import dataclass
 MAX_RANKS = 32
 MAX_TOPK = 32
 MAX_EXPERTS = 2048
+MAX_TOKENS = 1 << 21  # of a rank in one call, less one
 MAX_BLOCKS = 160
 
 MAX_SCALES = 512  # scale factors of a token: they travel beside its row, and a stage has room for both
@@ -28,7 +29,9 @@ MARK_BYTES = 4
 PLAN_WORDS = 7  # what a source says that it calls
 PLACE_WORDS = 2  # and where what it does not send lies
 PARTIAL_WORDS = MAX_EXPERTS + MAX_RANKS  # of a block: what it counted
+LABEL_BYTES = 16  # of a selection: its place and its weight, a word each
 ARRIVED_SHARE = 128  # one part in so many of a window holds arrival marks, whatever the tokens; two hold routed words
+LABELS_SHARE = 16  # and one in so many labels, if nobody has said how many tokens and selections there will be
 
 
 def align(value: int, alignment: int) -> int:
@@ -53,16 +56,15 @@ class Record:
 
     row_bytes: int
     tail_bytes: int
-    label_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
         return align(self.row_bytes + self.tail_bytes, LINE_BYTES)
 
     @staticmethod
-    def of_dispatch(row_bytes: int, num_topk: int, num_scales: int = 0) -> Record:
-        """Row; scale factors. Label: expert, position and weight of each selection."""
-        return Record(row_bytes, align(4 * num_scales, SECTOR_BYTES), align(12 * num_topk, SECTOR_BYTES))
+    def of_dispatch(row_bytes: int, num_scales: int = 0) -> Record:
+        """Row; scale factors."""
+        return Record(row_bytes, align(4 * num_scales, SECTOR_BYTES))
 
     @staticmethod
     def of_combine(row_bytes: int, num_topk: int) -> Record:
@@ -101,18 +103,28 @@ class WindowLayout:
         """Arrival marks, and routed words, that each source has: an upper limit of num_max_tokens_per_rank."""
         return self["arrived"].num_bytes // (MARK_BYTES * self.num_ranks)
 
-    def fits(self, num_max_tokens: int, record: Record, rows_of_token: int | None = None) -> bool:
-        """Whether there is room for the records of staged_bytes."""
+    def fits(self, num_max_tokens: int, record: Record, rows_of_token: int | None = None, num_labels: int = 0) -> bool:
+        """Whether there is room for the records of staged_bytes.
+
+        Args:
+            num_labels: selections of a token that is dispatched.
+        """
         rows = staged_bytes(self.num_ranks, num_max_tokens, record, rows_of_token)
-        return num_max_tokens <= self.slots_per_source and rows <= self["rows"].num_bytes
+        labels = labels_bytes(self.num_ranks, num_max_tokens, num_labels)
+        has_rooms = rows <= self["rows"].num_bytes and labels <= self["labels"].num_bytes
+        return num_max_tokens <= self.slots_per_source and has_rooms
 
 
 def staged_bytes(num_ranks: int, num_max_tokens: int, record: Record, rows_of_token: int | None = None) -> int:
     """Bytes of the records that may lie at a rank: one for each token of each peer; or, if a token's rows come home one
-    by one, so many for each token of the rank itself, since one rank has each selection's expert. And of the labels of
-    all ranks' tokens."""
+    by one, so many for each token of the rank itself, since one rank has each selection's expert."""
     records = (rows_of_token or num_ranks - 1) if num_ranks > 1 else 0
-    return num_max_tokens * (records * record.num_bytes + num_ranks * record.label_bytes)
+    return num_max_tokens * records * record.num_bytes
+
+
+def labels_bytes(num_ranks: int, num_max_tokens: int, num_topk: int) -> int:
+    """Bytes of the labels of all ranks' tokens."""
+    return num_ranks * num_max_tokens * num_topk * LABEL_BYTES
 
 
 def message_words(num_ranks: int) -> int:
@@ -120,10 +132,13 @@ def message_words(num_ranks: int) -> int:
     return 1 + 2 * (PLAN_WORDS + PLACE_WORDS) + MAX_EXPERTS // num_ranks
 
 
-def window_layout(num_ranks: int, num_bytes: int, num_registered_bytes: int = 0) -> WindowLayout:
+def window_layout(
+    num_ranks: int, num_bytes: int, num_label_bytes: int | None = None, num_registered_bytes: int = 0
+) -> WindowLayout:
     """Divide a window.
 
     Args:
+        num_label_bytes: of what labels take at most; None is a share of the window.
         num_registered_bytes: of the user's own tensors, behind all else.
 
     Raises:
@@ -144,6 +159,11 @@ def window_layout(num_ranks: int, num_bytes: int, num_registered_bytes: int = 0)
             num_bytes // ARRIVED_SHARE // MARK_BYTES * WORD_BYTES,
             "a word for each token of all ranks: its slot",
         ),
+        (
+            "labels",
+            num_bytes // LABELS_SHARE if num_label_bytes is None else num_label_bytes,
+            "places and weights of all ranks' selections",
+        ),
     ]
     regions, offset = [], 0
     for name, size, purpose in sizes:
@@ -154,15 +174,19 @@ def window_layout(num_ranks: int, num_bytes: int, num_registered_bytes: int = 0)
             f"num_bytes must be at least {align(offset, WINDOW_ALIGNMENT)} for {num_ranks} ranks, but it is "
             f"{num_bytes}; ElasticBuffer.get_buffer_size_hint gives one that fits"
         )
-    regions.append(
-        Region("rows", offset, num_bytes - offset, "rows that have come from the peers; labels of all tokens")
-    )
+    regions.append(Region("rows", offset, num_bytes - offset, "rows that have come from the peers"))
     regions.append(Region("registered", num_bytes, num_registered_bytes, "tensors that peers read in place"))
     return WindowLayout(num_ranks, num_bytes, tuple(regions))
 
 
 def window_bytes(
-    num_ranks: int, num_max_tokens: int, hidden: int, num_topk: int, allow_multiple_reduction: bool = True
+    num_ranks: int,
+    num_max_tokens: int,
+    hidden: int,
+    num_topk: int,
+    allow_multiple_reduction: bool = True,
+    *,
+    sizes_are_told: bool = True,
 ) -> int:
     """The smallest window, in bytes, for dispatches and combines of these sizes.
 
@@ -172,6 +196,7 @@ def window_bytes(
     Args:
         num_topk: selections of a token; 0 stands for "unknown", the largest.
         allow_multiple_reduction: False makes room for a record of each selection, as combine of expanded rows needs.
+        sizes_are_told: who builds it knows them, and makes room for so many labels; else these get their share.
     """
     row_bytes, most_selections = align(2 * hidden, 16), num_topk or MAX_TOPK
     fixed = sum(
@@ -182,13 +207,19 @@ def window_bytes(
             num_ranks * message_words(num_ranks) * WORD_BYTES,
         )
     )
-    records = (Record.of_dispatch(row_bytes, most_selections), Record.of_combine(row_bytes, most_selections))
+    records = (Record.of_dispatch(row_bytes), Record.of_combine(row_bytes, most_selections))
     rows = max(staged_bytes(num_ranks, num_max_tokens, record) for record in records)
     if not allow_multiple_reduction:
         every_row = staged_bytes(num_ranks, num_max_tokens, Record.of_combine(row_bytes, 1), most_selections)
         rows = max(rows, every_row)
-    by_rows = -(
-        -(fixed + rows + 3 * REGION_ALIGNMENT) * ARRIVED_SHARE // (ARRIVED_SHARE - 1 - WORD_BYTES // MARK_BYTES)
+    labels = align(labels_bytes(num_ranks, num_max_tokens, most_selections), REGION_ALIGNMENT)
+    parts_left = ARRIVED_SHARE - 1 - WORD_BYTES // MARK_BYTES
+    if not sizes_are_told:
+        parts_left -= ARRIVED_SHARE // LABELS_SHARE
+    by_rows = fixed + rows + (labels if sizes_are_told else 0) + 4 * REGION_ALIGNMENT
+    by_shares = max(
+        -(-by_rows * ARRIVED_SHARE // parts_left),
+        num_max_tokens * num_ranks * MARK_BYTES * ARRIVED_SHARE,
+        0 if sizes_are_told else labels * LABELS_SHARE,
     )
-    by_marks = num_max_tokens * num_ranks * MARK_BYTES * ARRIVED_SHARE
-    return align(max(by_rows, by_marks, WINDOW_ALIGNMENT), WINDOW_ALIGNMENT)
+    return align(max(by_shares, WINDOW_ALIGNMENT), WINDOW_ALIGNMENT)

@@ -11,6 +11,7 @@ from deep_ep.layout import MAX_RANKS, Record, align
 
 TICKET_BYTES = 32  # what a ring remembers of a piece (include/deep_ep/phases/ring.cuh)
 MBARRIER_BYTES = 8
+KEPT_BYTES = 8  # what a stage keeps of a label, for each selection (include/deep_ep/phases/land.cuh)
 MAILBOX_BYTES = 160  # what a sending warp hands to its herald (include/deep_ep/phases/announce.cuh)
 PIECE_ALIGNMENT = 128  # bytes; whole lines of memory and of the link
 
@@ -210,11 +211,13 @@ class LaunchPlan:
     shared_bytes: int
 
 
-def plan_dispatch(roles: Roles, record: Record, num_experts: int, num_ranks: int, shared_limit: int) -> LaunchPlan:
+def plan_dispatch(
+    roles: Roles, record: Record, num_topk: int, num_experts: int, num_ranks: int, shared_limit: int
+) -> LaunchPlan:
     """The plan of a dispatch launch on a machine whose blocks have ``shared_limit`` bytes."""
     tables = tables_bytes(num_experts) + mailboxes_bytes(roles.send)
     send = ring(roles.send, shared_limit - tables, record.row_bytes, record.tail_bytes)
-    beside = record.tail_bytes + record.label_bytes
+    beside = record.tail_bytes + KEPT_BYTES * num_topk
     receive = ring(roles.receive, shared_limit - tables, record.row_bytes, beside)
     # Before the rings are used, their memory holds what each warp counts (WarpCounts in phases/count.cuh).
     counts = num_count_warps(roles, num_experts, num_ranks, shared_limit) * warp_counts_bytes(num_experts)

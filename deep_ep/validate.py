@@ -17,7 +17,7 @@ import torch
 from deep_ep.environment import NUM_TOPK_IDX_BITS
 from deep_ep.event import EventHandle, EventOverlap, Timing
 from deep_ep.handle import EPHandle
-from deep_ep.layout import MAX_EXPERTS, MAX_SCALES, MAX_TOPK
+from deep_ep.layout import MAX_EXPERTS, MAX_SCALES, MAX_TOKENS, MAX_TOPK
 from deep_ep.plan import expanded_rows_at_most
 
 MAX_ALIGNMENT = 1 << 16  # rows; aligned counts of all experts stay far inside 32 bits
@@ -160,7 +160,7 @@ def window_settings(num_max_tokens_per_rank: Any, hidden: Any, num_topk: Any) ->
     """The three that a window's size follows from."""
     advice = "or pass num_bytes"
     return (
-        is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice),
+        is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, MAX_TOKENS - 1, advice=advice),
         is_hidden(hidden, advice),
         is_count("num_topk", num_topk, 0, MAX_TOPK),
     )

@@ -22,6 +22,7 @@ class Settings:
     num_bytes: int
     num_max_tokens_per_rank: int
     allow_multiple_reduction: bool
+    num_label_bytes: int | None = None
     num_registered_bytes: int = 0
 
 

@@ -68,7 +68,8 @@ class Endpoint:
         self.group_ranks = tuple(dist.get_process_group_ranks(group))
         self.topology = Topology(self.num_ranks, self.rank, self.num_ranks)
         require_one_domain(self.topology, layout.MAX_RANKS)
-        self.layout = layout.window_layout(self.num_ranks, settings.num_bytes, settings.num_registered_bytes)
+        sizes = (settings.num_bytes, settings.num_label_bytes, settings.num_registered_bytes)
+        self.layout = layout.window_layout(self.num_ranks, *sizes)
         self.owner = Owner()
         self._cpu_timeout = cpu_timeout
         self._broken: str | None = None
@@ -353,7 +354,7 @@ class Endpoint:
     def fitting_tokens(self, max_tokens: Any, num_tokens: int) -> int:
         """``max_tokens``, after seeing that the call has no more."""
         advice = "give it to the buffer or to the call"
-        most = validate.is_count("num_max_tokens_per_rank", max_tokens, 1, advice=advice)
+        most = validate.is_count("num_max_tokens_per_rank", max_tokens, 1, layout.MAX_TOKENS - 1, advice=advice)
         if num_tokens > most:
             raise ValueError(
                 f"x has {num_tokens} tokens but num_max_tokens_per_rank is {most}; raise it on every rank or split the "
@@ -361,14 +362,19 @@ class Endpoint:
             )
         return most
 
-    def require_room(self, max_tokens: int, record: layout.Record, rows_of_token: int | None = None) -> None:
+    def require_room(
+        self, max_tokens: int, record: layout.Record, rows_of_token: int | None = None, num_labels: int = 0
+    ) -> None:
         """Raise ValueError unless the window holds what so many tokens need.
 
         Args:
             rows_of_token: if they come in a record each, whoever sends them; else a record a token of each source.
+            num_labels: selections of a token that is dispatched.
         """
-        if not self.layout.fits(max_tokens, record, rows_of_token):
+        if not self.layout.fits(max_tokens, record, rows_of_token, num_labels):
             what = f"{record.row_bytes} bytes a token"
+            if num_labels:
+                what += f", {num_labels} selections"
             if rows_of_token:
                 what = f"{rows_of_token} rows of {record.row_bytes} bytes a token (allow_multiple_reduction is False)"
             raise ValueError(

@@ -66,9 +66,9 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
         ValueError: the window does not hold what such a dispatch may send.
     """
     roles, num_ranks, limit = endpoint.roles.dispatch, endpoint.num_ranks, endpoint.shared_limit
-    record = layout.Record.of_dispatch(shape.row_bytes, shape.num_topk, shape.num_scales)
-    endpoint.require_room(shape.max_tokens, record)
-    memory = plan.plan_dispatch(roles, record, shape.num_experts, num_ranks, limit)
+    record = layout.Record.of_dispatch(shape.row_bytes, shape.num_scales)
+    endpoint.require_room(shape.max_tokens, record, num_labels=shape.num_topk)
+    memory = plan.plan_dispatch(roles, record, shape.num_topk, shape.num_experts, num_ranks, limit)
     num_blocks, local_experts = endpoint.num_blocks(shape.num_sms), shape.num_experts // num_ranks
     traffic = plan.Traffic.of(num_ranks, shape.num_topk, shape.expand)
     halves = roles.halves(num_blocks, shape.num_tokens, traffic)

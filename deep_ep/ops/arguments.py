@@ -26,6 +26,7 @@ class Window(ctypes.Structure):
         ("messages", ctypes.c_uint64),
         ("arrived", ctypes.c_uint64),
         ("routed", ctypes.c_uint64),
+        ("labels", ctypes.c_uint64),
         ("rows", ctypes.c_uint64),
         ("registered", ctypes.c_uint64),
     ]
@@ -43,6 +44,7 @@ class Window(ctypes.Structure):
             messages=layout["messages"].offset,
             arrived=layout["arrived"].offset,
             routed=layout["routed"].offset,
+            labels=layout["labels"].offset,
             rows=layout["rows"].offset,
             registered=layout["registered"].offset,
         )
@@ -104,11 +106,11 @@ class Routing(ctypes.Structure):
 
 
 class RecordShape(ctypes.Structure):
-    _fields_ = [("row_bytes", ctypes.c_int32), ("tail_bytes", ctypes.c_int32), ("label_bytes", ctypes.c_int32)]
+    _fields_ = [("row_bytes", ctypes.c_int32), ("tail_bytes", ctypes.c_int32)]
 
     @staticmethod
     def of(record: Record) -> RecordShape:
-        return RecordShape(record.row_bytes, record.tail_bytes, record.label_bytes)
+        return RecordShape(record.row_bytes, record.tail_bytes)
 
 
 class Rows(ctypes.Structure):

@@ -42,7 +42,7 @@ SPACE: Space = {
     "row_units": Parameter((ANY, 1, 3, 17, LONGEST)),  # of 16 bytes
     "row_gaps": Parameter(YES_OR_NO),
     "layout": Parameter(((False, False), (True, True), (True, False), (False, True))),  # do_expand, do_zero_padding
-    "zero_copy": Parameter(YES_OR_NO),
+    "zero_copy": Parameter(YES_OR_NO, owner="buffer", owner_values=("settings",)),
     "with_weights": Parameter((True, False)),
     "with_stats": Parameter(YES_OR_NO),
     "previous_event": Parameter(SOME_EVENT),

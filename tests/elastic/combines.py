@@ -47,7 +47,7 @@ class Options:
             multiple_reduction,
             row["returned_gaps"],
             row["returning_sms"],
-            row.get("returned_zero_copy", False),
+            row.get("returned_zero_copy", False) and row["buffer"] == "settings",
             timing,
         )
 

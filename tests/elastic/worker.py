@@ -29,12 +29,11 @@ def build(group: dist.ProcessGroup, largest: int, longest: int, timeout_s: float
         timeout_s: of kernels that wait for a peer; hosts wait twice as long.
     """
     sizes = {"num_max_tokens_per_rank": largest + 8, "hidden": longest}
-    num_registered_bytes = registered.NUM_BYTES
     timeouts = {"num_gpu_timeout_secs": timeout_s, "num_cpu_timeout_secs": 2 * timeout_s}
     hint = ElasticBuffer.get_buffer_size_hint(group, **sizes, allow_multiple_reduction=False)
     return {
         "settings": WatchedBuffer(
-            group, **sizes, allow_multiple_reduction=False, num_registered_bytes=num_registered_bytes, **timeouts
+            group, **sizes, allow_multiple_reduction=False, num_registered_bytes=registered.NUM_BYTES, **timeouts
         ),
         "bytes": WatchedBuffer(
             group,
@@ -48,7 +47,6 @@ def build(group: dist.ProcessGroup, largest: int, longest: int, timeout_s: float
             sl_idx=0,
             num_allocated_qps=2,
             explicitly_destroy=True,
-            num_registered_bytes=num_registered_bytes,
         ),
     }
 

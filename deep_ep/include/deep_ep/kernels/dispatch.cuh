@@ -59,7 +59,7 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
     publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
   }
   if (all_came && a.kept_idx != nullptr) keep_selections(a.routing, range, a.kept_idx);
-  const Router router{a.window, a.routing, a.record, a.weights, a.slots, counts, tables, warp};
+  const Router router{a.window, a.routing, a.weights, a.slots, counts, tables, warp};
   const Abreast abreast(a.routing.num_topk);
   const Routed first = load_routed<kFrom>(router, abreast, share.begin, min_of(share.begin + 32, share.end));
   hear_answer();
@@ -139,7 +139,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     if (warp < C.num_receive_warps) {
       using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
       const ReceiveRing ring = ReceiveRing::at(rings, warp, C.num_receive_warps, a.receive_stage_bytes);
-      const Landing landing{a.window, a.routing, a.rows, a.scales, a.record, tables, a.received};
+      const Landing landing{a.window, a.routing, a.rows, a.scales, a.record, tables, a.received, epoch, a.patience};
       copy_out<C.in_place>(ring, landing, epoch, a.receive_piece_bytes, receivers.own() * C.num_receive_warps + warp,
                            receivers.count * C.num_receive_warps, a.patience);
     }

@@ -4,7 +4,7 @@
 // reads         routed words and, of what peers send, arrival marks
 // writes        nothing
 // waits for     the word and the mark of a token, if it must
-// leaves behind (to the warp) a whole record and its label, that the copy engine may read
+// leaves behind (to the warp) a whole record, that the copy engine may read
 
 #include <deep_ep/phases/tables.cuh>
 #include <deep_ep/wire/integers.cuh>
@@ -101,10 +101,8 @@ class Arrivals {
     const bool came = is_left() && mine_.slot >= 0 && (from_ != From::kPeers || seen_mark_ == epoch_);
     came_ = device::ballot(came);
     if (came_ == 0) return;
-    if (came) {  // once more, to acquire what they stand for
-      static_cast<void>(device::load_acquire_sys(word()));
-      if (from_ == From::kPeers) static_cast<void>(device::load_acquire_sys(mark()));
-    }
+    if (from_ != From::kPeers) return;  // rows that were there before anything was said of them
+    if (came) static_cast<void>(device::load_acquire_sys(mark()));  // once more, to acquire what it stands for
     device::fence_async_proxy_global();
     device::sync_warp();
   }
@@ -115,8 +113,8 @@ class Arrivals {
       const bool is_unknown = mine_.slot == kUnknown;
       const uint32_t phase = is_unknown ? phase::kLabel : phase::kCopyOut;
       came = device::wait_until_equals(patience_, {.phase = phase, .peer = mine_.source, .expected = epoch_}, [&] {
-        if (!is_unknown) return device::load_acquire_sys(mark());
-        return static_cast<uint32_t>(device::load_acquire_sys(word()) >> 32);
+        if (!is_unknown) return device::load_relaxed_sys(mark());
+        return static_cast<uint32_t>(device::load_relaxed_sys(word()) >> 32);
       });
     }
     failed_ = !device::all(came);

@@ -6,7 +6,7 @@
 //
 // Own tokens never touch the staging region. A row is loaded once, and stored once for each place that it has: one in
 // the plain layout, one for each selection of an expert of this rank in the expanded one. Its label, which says where,
-// comes with the first piece, its scale factors with the last.
+// is kept with the first piece, its scale factors come with the last.
 
 #include <deep_ep/phases/arrivals.cuh>
 #include <deep_ep/phases/land.cuh>
@@ -46,6 +46,8 @@ class Loader {
     const int bytes = min_of(piece_bytes_, record.row_bytes - offset_);
     const bool first = offset_ == 0, last = offset_ + bytes == record.row_bytes, has_scales = last && scales.count > 0;
     const bool gathers = has_scales && is_own() && !scales.in_rows;
+    Said said;
+    if (first) said = Said::ask(landing_, token_.source, token_.token);
     if (gathers) {
       gather_scales(scales, token_.token, stage.data + bytes);
       device::fence_async_proxy_shared();
@@ -63,21 +65,18 @@ class Loader {
       const bool apart = has_scales && (is_own() || kInPlace) && !gathers,
                  behind = has_scales && !is_own() && !kInPlace;
       const int here = behind ? bytes + record.tail_bytes : bytes;
-      const int there = apart ? scales.bytes() : 0, said = first ? record.label_bytes : 0;
-      device::mbarrier_arrive_expect(*stage.full, here + there + said);
+      const int there = apart ? scales.bytes() : 0;
+      device::mbarrier_arrive_expect(*stage.full, here + there);
       device::bulk_load(stage.data, from_ + offset_, here, *stage.full);
       if (apart) device::bulk_load(stage.data + bytes, scales_apart(), there, *stage.full);
-      if (first) {
-        const Label from =
-            label(window, window.rank, token_.source, token_.token, routing.max_tokens, routing.num_topk, record);
-        device::bulk_load(label_of(stage, bytes), from.words, said, *stage.full);
-      }
     }
+    if (first) said.keep(landing_, token_.source, token_.token, label_of(stage, bytes));
     device::sync_warp();
     offset_ = last ? 0 : offset_ + bytes;
   }
 
-  // Where a stage holds the label: behind the piece, and behind its scale factors if it has any.
+  // Where a stage holds the label: behind its first piece, which is the longest, and behind scale factors if it has any.
+  // The copy engine never comes there.
   EP_DEVICE char* label_of(const Stage& stage, int piece_bytes) const {
     return stage.data + piece_bytes + landing_.record.tail_bytes;
   }

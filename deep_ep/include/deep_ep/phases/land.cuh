@@ -1,18 +1,20 @@
 #pragma once
 // What is to be known beside a row: its label goes where it belongs, and says where the row goes in the expanded layout.
 //
-// reads         a token's label in a stage; a handle's metadata
+// reads         a token's label words; a handle's metadata
 // writes        recv_topk_idx, recv_topk_weights, recv_src_metadata
-// waits for     nothing
+// waits for     the label words, if they are not there yet
 // leaves behind everything about a received token but its row and scale factors
 
 #include <deep_ep/phases/payload.cuh>
 #include <deep_ep/phases/ring.cuh>
 #include <deep_ep/phases/tables.cuh>
 #include <deep_ep/wire/integers.cuh>
+#include <deep_ep/wire/phase.cuh>
 #include <deep_ep/wire/record.cuh>
 #include <deep_ep/wire/routing.cuh>
 #include <deep_ep/wire/window.cuh>
+#include <deep_ep/wire/word.cuh>
 
 namespace deep_ep {
 
@@ -43,6 +45,52 @@ struct Landing {
   const Record& record;
   const Tables& tables;
   const Received& out;
+  const uint32_t epoch;
+  const device::Patience& patience;
+};
+
+// What a stage keeps of a label until its token is landed; lane k writes and reads selection k's alone.
+struct Kept {
+  uint32_t place = Place::kNone, weight = 0;
+};
+
+// What lane k is told of selection k of a token: its label words at a first look, so that nobody waits for them.
+struct Said {
+  uint64_t place = 0, weight = 0;
+
+  // Asks for the words of a token that is known to come here.
+  EP_DEVICE static Said ask(const Landing& landing, int source, int token) {
+    const int k = device::lane_idx();
+    if (k >= landing.routing.num_topk) return {};
+    const uint64_t* words = of(landing, source, token);
+    return {device::load_relaxed_sys(words), device::load_relaxed_sys(words + 1)};
+  }
+
+  // Collective over the warp. Without words in the end it says that the selection is of no expert.
+  EP_DEVICE void keep(const Landing& landing, int source, int token, char* at) const {
+    const int k = device::lane_idx(), num_topk = landing.routing.num_topk;
+    int packed = static_cast<int>(static_cast<uint32_t>(place)), bits = static_cast<int>(static_cast<uint32_t>(weight));
+    const bool is_late = k < num_topk && !(is_there(landing, place) && is_there(landing, weight));
+    if (device::ballot(is_late) != 0 && is_late) {
+      const uint64_t* words = of(landing, source, token);
+      const auto await = [&](const uint64_t* from, int& value) {
+        return await_word(from, landing.epoch, landing.patience, phase::kLabel, source, value);
+      };
+      if (!await(words, packed) || !await(words + 1, bits)) packed = static_cast<int>(Place::kNone);
+    }
+    device::sync_warp();
+    if (k < num_topk) reinterpret_cast<Kept*>(at)[k] = {static_cast<uint32_t>(packed), static_cast<uint32_t>(bits)};
+  }
+
+ private:
+  EP_DEVICE static uint64_t* of(const Landing& landing, int source, int token) {
+    const Routing& routing = landing.routing;
+    return label(landing.window, landing.window.rank, source, token, device::lane_idx(), routing.max_tokens,
+                 routing.num_topk);
+  }
+  EP_DEVICE static bool is_there(const Landing& landing, uint64_t seen) {
+    return static_cast<uint32_t>(seen >> 32) == landing.epoch;
+  }
 };
 
 // Lane k learns the row of selection k in the expanded layout, or -1; `local` is its expert here, or -1.
@@ -65,10 +113,9 @@ EP_DEVICE int land_label(const Landing& landing, const Ticket& ticket, char* at)
   const Routing& routing = landing.routing;
   const Received& out = landing.out;
   const int k = device::lane_idx(), num_topk = routing.num_topk, row = ticket.row, rank = landing.window.rank;
-  const Label said{reinterpret_cast<int32_t*>(at), num_topk};
-  const int expert = k < num_topk ? said.expert(k) : -1, position = k < num_topk ? said.position(k) : -1;
-  const float weight = k < num_topk ? said.weight(k) : 0.0f;
-  device::fence_async_proxy_shared();  // the label has been read: its stage may be loaded again
+  const Kept kept = k < num_topk ? reinterpret_cast<const Kept*>(at)[k] : Kept{};
+  const int expert = Place::unpack(kept.place).expert, position = Place::unpack(kept.place).position;
+  const float weight = __builtin_bit_cast(float, kept.weight);
   const bool here = expert >= 0 && routing.rank_of(expert) == rank;
   const int local = here ? expert - rank * routing.experts_per_rank : -1;
   const int expanded = find_row(landing, ticket, local, position);

@@ -5,10 +5,11 @@
 // reads         topk_idx, weights; the counts of what came before the share, or a handle's slots
 // writes        slots; labels and routed words at all ranks, this one included; a copy of topk_idx
 // waits for     nothing (admit has let us in)
-// leaves behind at each rank a whole label before its routed word, which is to be acquired
+// leaves behind words; whoever reads one with this epoch has its value
 
 #include <deep_ep/phases/count.cuh>
 #include <deep_ep/wire/integers.cuh>
+#include <deep_ep/wire/record.cuh>
 #include <deep_ep/wire/window.cuh>
 #include <deep_ep/wire/word.cuh>
 
@@ -20,7 +21,6 @@ enum class PlacesFrom { kSelections, kHandle };
 struct Router {
   const Window& window;
   const Routing& routing;
-  const Record& record;
   const float* weights;  // [num_tokens, num_topk] or null
   int32_t* slots;        // [num_tokens, num_topk]
   const WarpCounts& counts;
@@ -47,18 +47,19 @@ EP_DEVICE Routed load_routed(const Router& router, const Abreast& abreast, int f
 }
 
 // Labels of the tokens that stand abreast from `first` on, at each rank that they go to.
-EP_DEVICE void label_tokens(const Router& router, const Abreast& abreast, int first, const Routed& routed, int rank,
-                            int position) {
+EP_DEVICE void label_tokens(const Router& router, uint32_t epoch, const Abreast& abreast, int first,
+                            const Routed& routed, int rank, int position) {
   const Window& window = router.window;
+  const uint64_t place = word(Place{routed.expert, position}.packed(), epoch);
+  const uint64_t weight = word(__builtin_bit_cast(uint32_t, routed.weight), epoch);
   EP_NO_UNROLL
   for (int to = 0; to < window.num_ranks; ++to) {
     const uint32_t bound = device::ballot(rank == to);
     if (routed.entry < 0 || (bound & abreast.lanes()) == 0) continue;
-    const Label said =
-        label(window, to, window.rank, first + abreast.j, router.routing.max_tokens, abreast.num_topk, router.record);
-    said.expert(abreast.k) = routed.expert;
-    said.position(abreast.k) = position;
-    said.weight(abreast.k) = routed.weight;
+    uint64_t* said =
+        label(window, to, window.rank, first + abreast.j, abreast.k, router.routing.max_tokens, abreast.num_topk);
+    device::store_relaxed_sys(said, place);
+    device::store_relaxed_sys(said + 1, weight);
   }
 }
 
@@ -82,7 +83,7 @@ EP_DEVICE void route(const Router& router, uint32_t epoch, Range share, const Ab
       next = ahead < end ? load_routed<kFrom>(router, abreast, ahead, end)
                          : load_routed<kFrom>(router, abreast, end, min_of(end + 32, share.end));
       const Selection selection = abreast.select(router.routing, routed.expert);
-      int position = -1;
+      int position = 0;  // a handle knows the rows
       if constexpr (kFrom == PlacesFrom::kSelections) {
         position = count_in(counts.experts(warp), routed.expert);
         if (routed.expert >= 0) position += router.tables.expert_below[routed.expert];
@@ -93,10 +94,9 @@ EP_DEVICE void route(const Router& router, uint32_t epoch, Range share, const Ab
         if (routed.entry >= 0) router.slots[routed.entry] = routed.slot;
       }
       if (selection.speaks) counts.slot(warp, selection.rank, first + abreast.j - begin) = routed.slot;
-      label_tokens(router, abreast, first, routed, selection.rank, position);
+      label_tokens(router, epoch, abreast, first, routed, selection.rank, position);
     }
     device::sync_warp();
-    device::fence_sys();  // the labels, which all lanes have written, come before the words
     const int token = begin + lane;
     EP_NO_UNROLL
     for (int rank = 0; token < end && rank < window.num_ranks; ++rank) {

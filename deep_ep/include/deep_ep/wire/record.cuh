@@ -5,25 +5,33 @@
 //
 //   dispatch tail   scale factors [P]
 //   combine tail    weights [K]
-//   label           experts [K]; positions [K]; weights [K]
+//   label           place and weight of each selection, as words (word.cuh)
 
-#include <deep_ep/device/device.cuh>
+#include <deep_ep/limits.cuh>
 
 namespace deep_ep {
 
 struct Record {
   int32_t row_bytes, tail_bytes;
-  int32_t label_bytes;  // 0 in combine
   EP_DEVICE int bytes() const { return (row_bytes + tail_bytes + 127) / 128 * 128; }
 };
 
-// `position` is the number of earlier tokens of the same source that selected the same expert.
-struct Label {
-  int32_t* words;
-  int num_topk;
-  EP_DEVICE int32_t& expert(int k) const { return words[k]; }
-  EP_DEVICE int32_t& position(int k) const { return words[num_topk + k]; }
-  EP_DEVICE float& weight(int k) const { return reinterpret_cast<float*>(words)[2 * num_topk + k]; }
+// A selection's expert, and the number of earlier tokens of the same source that selected the same expert, in 32 bits.
+struct Place {
+  int expert, position;
+
+  static constexpr uint32_t kNone = ~0u;
+  static_assert(int64_t(kMaxExperts) * kMaxTokens <= int64_t(1) << 32);
+
+  EP_DEVICE uint32_t packed() const {
+    return expert < 0 ? kNone : static_cast<uint32_t>(expert) * kMaxTokens + static_cast<uint32_t>(position);
+  }
+  EP_DEVICE static Place unpack(uint32_t packed) {
+    if (packed == kNone) return {-1, -1};
+    return {static_cast<int>(packed / kMaxTokens), static_cast<int>(packed % kMaxTokens)};
+  }
 };
+
+constexpr int kLabelWords = 2;  // of a selection: its place, its weight
 
 }  // namespace deep_ep

@@ -7,8 +7,8 @@
 //   messages   one Message per source rank                     written by that source
 //   arrived    one mark per (source rank, token)               written by that source
 //   routed     one word per (source rank, token)               written by that source, this rank included
-//   rows       dispatch: one record per (source rank, token),  written by that source; a rank keeps none for itself
-//              behind them a label per (source rank, token)    written by that source, this rank included
+//   labels     two words per (source rank, token, selection)   written by that source, this rank included
+//   rows       dispatch: one record per (source rank, token)   written by that source; a rank keeps none for itself
 //              combine: one record per (holder rank, slot),    written by the rank that had the token
 //              or one per (token, selection) of this rank      written by the rank of the selection's expert
 //   registered tensors of the user                             written by the user, read by peers in place
@@ -40,7 +40,7 @@ struct Window {
   int32_t slots_per_source;  // arrival marks that the region holds for each source
   int32_t message_words;     // words of one Message
   int32_t number;            // of the buffer, among those that the same ranks have built
-  uint64_t partials, messages, arrived, routed, rows, registered;  // offsets in bytes
+  uint64_t partials, messages, arrived, routed, labels, rows, registered;  // offsets in bytes
 };
 
 EP_DEVICE Control& control(const Window& window, int at) { return *reinterpret_cast<Control*>(window.base[at]); }
@@ -81,12 +81,11 @@ EP_DEVICE char* staged(const Window& window, int at, int from, int slot, int max
   return window.base[at] + window.rows + (place * max_tokens + slot) * record_bytes;
 }
 
-// The label of a token of rank `from`, at rank `at`: behind all the records of a dispatch.
-EP_DEVICE Label label(const Window& window, int at, int from, int token, int max_tokens, int num_topk,
-                      const Record& record) {
-  const int64_t records = int64_t(window.num_ranks - 1) * max_tokens * record.bytes();
-  const int64_t labels = (int64_t(from) * max_tokens + token) * record.label_bytes;
-  return {reinterpret_cast<int32_t*>(window.base[at] + window.rows + records + labels), num_topk};
+// The label words of selection k of a token of rank `from`, at rank `at`. Nothing else is ever written there, so a word
+// with this epoch is this operation's, whatever the sizes of the operations before.
+EP_DEVICE uint64_t* label(const Window& window, int at, int from, int token, int k, int max_tokens, int num_topk) {
+  const int64_t selection = (int64_t(from) * max_tokens + token) * num_topk + k;
+  return reinterpret_cast<uint64_t*>(window.base[at] + window.labels) + selection * kLabelWords;
 }
 
 // Record `place` of those that combine brings to rank `at` when every selection has its own: token x num_topk + k. Any
