@@ -72,11 +72,10 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
 template <DispatchConfig C>
 EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool counts, bool learns,
                    const Tables& tables) {
-  const bool all_agree = agree(a.window, epoch, plan, a.patience);
+  const bool all_agree = agree(a.window, epoch, plan, a.patience, tables.tokens_of);
   if (!all_agree) tables.take_back(Ok::kAgrees);
   if (counts) give_answer();
   if (!learns || !all_agree) return;
-  learn_tokens(a.window, epoch, a.patience, tables);
   if constexpr (C.in_place) {
     Found found;
     if (!find_rows(a.window, epoch, a.patience, found)) tables.take_back(Ok::kLearns);

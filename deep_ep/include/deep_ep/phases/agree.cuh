@@ -36,7 +36,10 @@ EP_DEVICE void propose(const Window& window, uint32_t epoch, const Plan& plan) {
 
 // Looks at what all sources say, a word a lane. Of several that differ the first is reported: it says most. Collective
 // over the warp.
-EP_DEVICE bool agree(const Window& window, uint32_t epoch, const Plan& plan, const device::Patience& patience) {
+//
+// `tokens_of`: null, or where each source's number of tokens goes.
+EP_DEVICE bool agree(const Window& window, uint32_t epoch, const Plan& plan, const device::Patience& patience,
+                     int* tokens_of = nullptr) {
   using message_word::kPlanWords;
   const int lane = device::lane_idx(), num_words = window.num_ranks * kPlanWords;
   bool all_agree = true;
@@ -50,6 +53,7 @@ EP_DEVICE bool agree(const Window& window, uint32_t epoch, const Plan& plan, con
       const uint64_t* at = plan_word(window, epoch, window.rank, source, item);
       came = await_word(at, epoch, patience, phase::kAgree, source, said);
     }
+    if (tokens_of != nullptr && i < num_words && item == kTokensItem) tokens_of[source] = said;
     const uint32_t theirs = static_cast<uint32_t>(said);
     const uint32_t differing = device::ballot(came && theirs != mine && item != kTokensItem);
     if (differing != 0 && lane == lowest_bit(differing)) {
@@ -59,17 +63,6 @@ EP_DEVICE bool agree(const Window& window, uint32_t epoch, const Plan& plan, con
     all_agree = device::all(came) && differing == 0;
   }
   return all_agree;
-}
-
-// Learns how many tokens each source has. Collective over the warp.
-EP_DEVICE void learn_tokens(const Window& window, uint32_t epoch, const device::Patience& patience,
-                            const Tables& tables) {
-  const int source = device::lane_idx();
-  if (source >= window.num_ranks) return;
-  const uint64_t* at = plan_word(window, epoch, window.rank, source, kTokensItem);
-  int tokens = 0;
-  if (!await_word(at, epoch, patience, phase::kAgree, source, tokens)) tables.take_back(Ok::kLearns);
-  tables.tokens_of[source] = tokens;
 }
 
 }  // namespace deep_ep

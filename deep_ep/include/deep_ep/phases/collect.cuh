@@ -16,33 +16,26 @@ namespace deep_ep {
 // Collective over one warp of the block.
 EP_DEVICE void collect(const Window& window, uint32_t epoch, int experts_per_rank, int alignment,
                        const device::Patience& patience, const Tables& tables) {
-  constexpr int kTogether = 4;  // looks that are under way at once
+  constexpr int kTogether = 8;  // looks that are under way at once
   const int lane = device::lane_idx();
 
   // Of each source, its tokens and then its counts.
   const int num_words = 1 + experts_per_rank, num_items = window.num_ranks * num_words;
   EP_NO_UNROLL
   for (int first = lane; first < num_items; first += 32 * kTogether) {
-    uint64_t seen[kTogether];
-    const auto word_of = [&](int i) {
-      const int index = i % num_words;
-      const int at = index == 0 ? message_word::kTokens : message_word::kExperts + index - 1;
-      return message(window, window.rank, i / num_words) + at;
+    int values[kTogether];
+    const auto at = [&](int j) {
+      const int i = first + 32 * j, index = i % num_words;
+      const int word = index == 0 ? message_word::kTokens : message_word::kExperts + index - 1;
+      return message(window, window.rank, i / num_words) + word;
     };
-    for (int j = 0; j < kTogether; ++j) {
-      const int i = first + 32 * j;
-      if (i < num_items) seen[j] = device::load_relaxed_sys(word_of(i));
-    }
-    for (int j = 0; j < kTogether; ++j) {
-      const int i = first + 32 * j, source = i / num_words, expert = i % num_words - 1;
-      if (i >= num_items) break;
-      int value = static_cast<int>(static_cast<uint32_t>(seen[j]));
-      if (static_cast<uint32_t>(seen[j] >> 32) != epoch &&
-          !await_word(word_of(i), epoch, patience, phase::kCollect, source, value)) {
-        tables.take_back(Ok::kLearns);
-        value = 0;
-      }
-      (expert < 0 ? tables.row_base + source + 1 : tables.expert_row + source * experts_per_rank + expert)[0] = value;
+    const auto source = [&](int j) { return (first + 32 * j) / num_words; };
+    const int count = (num_items - first + 31) / 32;
+    const bool all_came = await_words(count, at, source, epoch, patience, phase::kCollect, values);
+    if (!all_came) tables.take_back(Ok::kLearns);
+    for (int j = 0; j < kTogether && j < count; ++j) {
+      const int expert = (first + 32 * j) % num_words - 1, from = source(j), value = all_came ? values[j] : 0;
+      (expert < 0 ? tables.row_base + from + 1 : tables.expert_row + from * experts_per_rank + expert)[0] = value;
     }
   }
   device::sync_warp();

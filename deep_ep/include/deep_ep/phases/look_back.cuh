@@ -28,26 +28,13 @@ EP_DEVICE bool add_up(const Window& window, uint32_t epoch, const Blocks& team, 
   below = total = 0;
   EP_NO_UNROLL
   for (int first = team.first; first < team.end(); first += kTogether) {
-    uint64_t words[kTogether];
-    bool all_came = true;
+    int counts[kTogether];
+    const auto at = [&](int j) { return partials(window, first + j) + i; };
+    const auto peer = [&](int) { return window.rank; };
+    if (!await_words(team.end() - first, at, peer, epoch, patience, phase::kLookBack, counts)) return false;
     for (int j = 0; j < kTogether; ++j) {
-      words[j] = first + j < team.end() ? device::load_relaxed_sys(partials(window, first + j) + i) : word(0, epoch);
-      all_came = all_came && words[j] >> 32 == epoch;
-    }
-    if (!all_came) {  // wait for each, and look again
-      EP_NO_UNROLL
-      for (int block = first; block < first + kTogether && block < team.end(); ++block) {
-        int count;
-        if (!await_word(partials(window, block) + i, epoch, patience, phase::kLookBack, window.rank, count))
-          return false;
-      }
-      first -= kTogether;
-      continue;
-    }
-    for (int j = 0; j < kTogether; ++j) {
-      const int count = static_cast<int>(static_cast<uint32_t>(words[j]));
-      if (first + j < device::block_idx()) below += count;
-      total += count;
+      if (first + j < device::block_idx()) below += counts[j];
+      total += counts[j];
     }
   }
   return true;

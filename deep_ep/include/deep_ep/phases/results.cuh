@@ -25,8 +25,11 @@ constexpr Grasp kManyRows = {.vectors = 4, .rows = 4};
 template <Return kReturn>
 constexpr bool kIsPlain = kReturn == Return::kRow || kReturn == Return::kInPlace;
 
+// What a peer's memory takes is longest.
 template <Return kReturn>
-constexpr Grasp kGrasp = kReturn == Return::kSum ? kManyRows : Grasp{.vectors = 4, .rows = 2};
+constexpr Grasp kGrasp = kReturn == Return::kSum       ? kManyRows
+                         : kReturn == Return::kInPlace ? Grasp{.vectors = 7, .rows = 2}
+                                                       : Grasp{.vectors = 4, .rows = 2};
 
 // Rows of the plain layout by the rank that owns their tokens: inclusive sums over ranks.
 struct RowsByOwner {
