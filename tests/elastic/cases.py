@@ -86,7 +86,9 @@ class Case:
         r = random.Random(seed)
         case = Case.of(choices.draw(r), seed, num_ranks, largest, longest)
         if case.again and r.random() < 0.5:
-            other = Case.of({**choices.draw(r), "handle": None}, seed + 1, num_ranks, largest, longest)
+            other = Case.of(
+                {**choices.draw(r), "handle": None, "buffer": case.buffer}, seed + 1, num_ranks, largest, longest
+            )
             return replace(case, again=(*case.again, other.first))
         return case
 

@@ -57,7 +57,9 @@ class Options:
             with_stats=row["with_stats"],
             row_gaps=row["row_gaps"],
             by_columns=row["by_columns"],
-            zero_copy=row.get("zero_copy", False) and num_scales % 4 == 0,  # whole 16 bytes
+            zero_copy=row.get("zero_copy", False)
+            and row["buffer"] == "settings"
+            and num_scales % 4 == 0,  # whole 16 bytes
             timing=timings.Timing(
                 row["previous_event"], row["before_epilogue"], row["asynchronous"], row["on_comm_stream"]
             ),

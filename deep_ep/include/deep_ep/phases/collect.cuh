@@ -23,14 +23,16 @@ EP_DEVICE void collect(const Window& window, uint32_t epoch, int experts_per_ran
   const int num_words = 1 + experts_per_rank, num_items = window.num_ranks * num_words;
   EP_NO_UNROLL
   for (int first = lane; first < num_items; first += 32 * kTogether) {
-    int values[kTogether];
-    const auto at = [&](int j) {
-      const int i = first + 32 * j, index = i % num_words;
-      const int word = index == 0 ? message_word::kTokens : message_word::kExperts + index - 1;
-      return message(window, window.rank, i / num_words) + word;
-    };
-    const auto source = [&](int j) { return (first + 32 * j) / num_words; };
     const int count = (num_items - first + 31) / 32;
+    const uint64_t* words[kTogether];
+    int values[kTogether];
+    const auto source = [&](int j) { return (first + 32 * j) / num_words; };
+    for (int j = 0; j < kTogether; ++j) {
+      const int i = first + 32 * j, index = i % num_words;
+      const int at = index == 0 ? message_word::kTokens : message_word::kExperts + index - 1;
+      words[j] = message(window, window.rank, i / num_words) + at;
+    }
+    const auto at = [&](int j) { return words[j]; };
     const bool all_came = await_words(count, at, source, epoch, patience, phase::kCollect, values);
     if (!all_came) tables.take_back(Ok::kLearns);
     for (int j = 0; j < kTogether && j < count; ++j) {

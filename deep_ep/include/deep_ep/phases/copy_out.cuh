@@ -24,8 +24,10 @@ class Loader {
 
   EP_DEVICE bool is_between_tokens() const { return offset_ == 0; }
 
-  EP_DEVICE void turn_to(const Arrivals::Item& token) {
+  // `said`: what its label words say.
+  EP_DEVICE void turn_to(const Arrivals::Item& token, const Said& said) {
     const Window& window = landing_.window;
+    said_ = said;
     const Record& record = landing_.record;
     token_ = token;
     if (is_own()) {
@@ -46,8 +48,6 @@ class Loader {
     const int bytes = min_of(piece_bytes_, record.row_bytes - offset_);
     const bool first = offset_ == 0, last = offset_ + bytes == record.row_bytes, has_scales = last && scales.count > 0;
     const bool gathers = has_scales && is_own() && !scales.in_rows;
-    Said said;
-    if (first) said = Said::ask(landing_, token_.source, token_.token);
     if (gathers) {
       gather_scales(scales, token_.token, stage.data + bytes);
       device::fence_async_proxy_shared();
@@ -70,7 +70,7 @@ class Loader {
       device::bulk_load(stage.data, from_ + offset_, here, *stage.full);
       if (apart) device::bulk_load(stage.data + bytes, scales_apart(), there, *stage.full);
     }
-    if (first) said.keep(landing_, token_.source, token_.token, label_of(stage, bytes));
+    if (first) said_.keep(landing_, token_.source, token_.token, label_of(stage, bytes));
     device::sync_warp();
     offset_ = last ? 0 : offset_ + bytes;
   }
@@ -93,6 +93,7 @@ class Loader {
   const Landing& landing_;
   const int piece_bytes_;
   Arrivals::Item token_ = {-1, -1, -1};
+  Said said_;
   const char* from_ = nullptr;
   int offset_ = 0;
 };
@@ -105,19 +106,26 @@ EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, uint32_t epoch
   Arrivals peers(landing.window, epoch, landing.tables, patience, kPeers, warp, num_warps);
   Arrivals own(landing.window, epoch, landing.tables, patience, From::kSelf, warp, num_warps);
   Loader<kInPlace> loader(landing, piece_bytes);
-  bool own_first = false;
+  Arrivals::Item next;  // a token ahead, so that nobody waits for its label words
+  Said next_said;
+  bool has_next = false, own_first = false;
 
   // What has come from peers goes first; own rows fill the time in which nothing has. What lies in place has come at
   // once, but the link takes its time: so every other row is an own one.
+  const auto look_for_next = [&](bool patient) {
+    const Look look = patient ? Look::kUntilOneHasCome : Look::kOnce;
+    has_next = (own_first && own.take(Look::kOnce, next)) || peers.take(Look::kOnce, next) || own.take(look, next) ||
+               (patient && peers.take(look, next));
+    if (!has_next) return;
+    own_first = kInPlace && !own_first;
+    next_said = Said::ask(landing, next.source, next.token);
+  };
   const auto fill = [&](const Stage& stage, bool patient) {
     if (loader.is_between_tokens()) {
-      Arrivals::Item token;
-      const Look look = patient ? Look::kUntilOneHasCome : Look::kOnce;
-      const bool found = (own_first && own.take(Look::kOnce, token)) || peers.take(Look::kOnce, token) ||
-                         own.take(look, token) || (patient && peers.take(look, token));
-      own_first = kInPlace && !own_first;
-      if (!found) return peers.more() || own.more() ? Filled::kNotYet : Filled::kNoMore;
-      loader.turn_to(token);
+      if (!has_next) look_for_next(patient);
+      if (!has_next) return peers.more() || own.more() ? Filled::kNotYet : Filled::kNoMore;
+      loader.turn_to(next, next_said);
+      look_for_next(false);
     }
     loader.load(stage);
     return Filled::kYes;

@@ -67,19 +67,15 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = routing.num_topk;
   const int own_tokens = results.by_owner.begin(window.rank);
-  // What a warp takes at a time: a token; in place as much of it as the warp loads at once, for a whole row would take
-  // several trips to the peer, one after the other, and the last warps' time at the end.
-  const int part_bytes = kInPlace ? kAtOnce.vectors * kStride : record.row_bytes;
-  const int parts = (record.row_bytes + part_bytes - 1) / part_bytes;
   Claims claims(window, Queue::kReceive);
   int ahead = claims.take();
-  Choice next = load_choice(routing, slots, ahead / parts);
+  Choice next = load_choice(routing, slots, ahead);
   EP_NO_UNROLL
-  while (ahead < routing.num_tokens * parts) {
-    const int token = ahead / parts, begin = (ahead - token * parts) * part_bytes;
+  while (ahead < routing.num_tokens) {
+    const int token = ahead;
     const Choice choice = next;
     ahead = claims.take();
-    next = load_choice(routing, slots, ahead / parts);
+    next = load_choice(routing, slots, ahead);
     const Selection selection = select(routing, choice.expert);
     const bool chosen = selection.rank >= 0, own = selection.rank == window.rank;
     const int received = own_tokens + choice.slot;
@@ -119,9 +115,9 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
       parts.own = device::ballot(own && there);
       parts.sum = device::ballot(own && selection.speaks);
     }
-    for_columns<kAtOnce.vectors>(begin, min_of(begin + part_bytes, record.row_bytes),
+    for_columns<kAtOnce.vectors>(record.row_bytes,
                                  [&](const auto& at) { add_columns<kAtOnce.rows>(out, token, parts, at); });
-    if (out.weights != nullptr && lane < num_topk && begin == 0) out.weights[int64_t(token) * num_topk + lane] = weight;
+    if (out.weights != nullptr && lane < num_topk) out.weights[int64_t(token) * num_topk + lane] = weight;
   }
 }
 

@@ -18,24 +18,26 @@ EP_DEVICE bool await_word(const uint64_t* source, uint32_t epoch, const device::
   });
 }
 
-// The same for several words at once, of which `at(j)` is the j-th and `peer(j)` writes it. Whoever waited for one looks
-// at all of them again: the others have mostly come meanwhile.
+// The same for several words at once, of which `at(j)` is the j-th and `peer(j)` writes it. All are looked at together,
+// again and again: one after the other, each would take a trip to memory of its own.
 template <int kWords, class At, class Peer>
 EP_DEVICE bool await_words(int count, At at, Peer peer, uint32_t epoch, const device::Patience& patience,
                            uint32_t phase, int (&values)[kWords]) {
-  EP_NO_UNROLL
-  while (true) {
+  device::Waiting waiting{.phase = phase, .peer = peer(0), .expected = epoch};
+  return device::wait_until_equals(patience, waiting, [&] {
     uint64_t seen[kWords];
     for (int j = 0; j < kWords; ++j) seen[j] = j < count ? device::load_relaxed_sys(at(j)) : word(0, epoch);
     int missing = -1;
-    for (int j = kWords - 1; j >= 0; --j) {
+    uint32_t found = epoch;
+    for (int j = 0; j < kWords; ++j) {
       values[j] = static_cast<int>(static_cast<uint32_t>(seen[j]));
-      if (static_cast<uint32_t>(seen[j] >> 32) != epoch) missing = j;
+      if (static_cast<uint32_t>(seen[j] >> 32) == epoch) continue;
+      missing = j;
+      found = static_cast<uint32_t>(seen[j] >> 32);
     }
-    if (missing < 0) return true;
-    int ignored;
-    if (!await_word(at(missing), epoch, patience, phase, peer(missing), ignored)) return false;
-  }
+    if (missing >= 0) waiting.peer = peer(missing);  // whom a record of this wait is to name
+    return found;
+  });
 }
 
 }  // namespace deep_ep
