@@ -11,7 +11,7 @@ from deep_ep.layout import MAX_RANKS, Record, align
 
 TICKET_BYTES = 32  # what a ring remembers of a piece (include/deep_ep/phases/ring.cuh)
 MBARRIER_BYTES = 8
-KEPT_BYTES = 8  # what a stage keeps of a label, for each selection (include/deep_ep/phases/land.cuh)
+KEPT_BYTES = 4  # what a stage keeps of each selection: its place (include/deep_ep/phases/copy_out.cuh)
 MAILBOX_BYTES = 160  # what a sending warp hands to its herald (include/deep_ep/phases/announce.cuh)
 PIECE_ALIGNMENT = 128  # bytes; whole lines of memory and of the link
 
@@ -51,7 +51,8 @@ class Roles:
 
     @property
     def num_threads(self) -> int:
-        return 32 * max(2 * self.send.num_warps, self.receive.num_warps)  # a herald for each sending warp
+        # A herald for each warp that sends; beside those that receive, at least one that lands what comes with rows.
+        return 32 * max(2 * self.send.num_warps, self.receive.num_warps + 1)
 
     def num_send_blocks(self, num_blocks: int, traffic: Traffic) -> int:
         """Blocks are divided as the bytes that they write. At least one sends and one receives."""

@@ -135,12 +135,15 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     }
   }
   if (receiver && good) {
+    const Landing landing{a.window, a.routing, a.rows, a.scales, a.record, tables, a.received, epoch, a.patience};
     if (warp < C.num_receive_warps) {
       using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
       const ReceiveRing ring = ReceiveRing::at(rings, warp, C.num_receive_warps, a.receive_stage_bytes);
-      const Landing landing{a.window, a.routing, a.rows, a.scales, a.record, tables, a.received, epoch, a.patience};
       copy_out<C.in_place>(ring, landing, epoch, a.receive_piece_bytes, receivers.own() * C.num_receive_warps + warp,
                            receivers.count * C.num_receive_warps, a.patience);
+    } else {
+      const int num_landing = device::num_threads() / 32 - C.num_receive_warps;
+      land(landing, receivers.own() * num_landing + warp - C.num_receive_warps, receivers.count * num_landing);
     }
     blank(a.window, a.routing, a.record, a.alignment, tables, warp, receivers, a.received);
   }

@@ -1,12 +1,12 @@
 #pragma once
-// reads         own rows of x; staged records of the peers, or their rows in place; labels
-// writes        recv_x and its scale factors; with them, what land.cuh puts beside a row
-// waits for     the tokens (arrivals.cuh): it takes whatever has come
+// reads         own rows of x; staged records of the peers, or their rows in place; places, for the expanded layout
+// writes        recv_x and its scale factors
+// waits for     the tokens (arrivals.cuh): it takes whatever has come; a place, if it is not there yet
 // leaves behind every received row in its final place
 //
 // Own tokens never touch the staging region. A row is loaded once, and stored once for each place that it has: one in
-// the plain layout, one for each selection of an expert of this rank in the expanded one. Its label, which says where,
-// is kept with the first piece, its scale factors come with the last.
+// the plain layout, one for each selection of an expert of this rank in the expanded one. The places, which say where,
+// are kept with the first piece, scale factors come with the last.
 
 #include <deep_ep/phases/arrivals.cuh>
 #include <deep_ep/phases/land.cuh>
@@ -24,12 +24,12 @@ class Loader {
 
   EP_DEVICE bool is_between_tokens() const { return offset_ == 0; }
 
-  // `said`: what its label words say.
-  EP_DEVICE void turn_to(const Arrivals::Item& token, const Said& said) {
+  EP_DEVICE void turn_to(const Arrivals::Item& token) {
     const Window& window = landing_.window;
-    said_ = said;
     const Record& record = landing_.record;
     token_ = token;
+    if (asks_places())
+      place_ = device::load_relaxed_sys(place_word());  // nobody looks at it before the row is asked for
     if (is_own()) {
       from_ = landing_.rows.row(token.token);
     } else if constexpr (kInPlace) {
@@ -41,8 +41,6 @@ class Loader {
 
   // Collective over the warp.
   EP_DEVICE void load(const Stage& stage) {
-    const Window& window = landing_.window;
-    const Routing& routing = landing_.routing;
     const Scales& scales = landing_.scales;
     const Record& record = landing_.record;
     const int bytes = min_of(piece_bytes_, record.row_bytes - offset_);
@@ -70,15 +68,23 @@ class Loader {
       device::bulk_load(stage.data, from_ + offset_, here, *stage.full);
       if (apart) device::bulk_load(stage.data + bytes, scales_apart(), there, *stage.full);
     }
-    if (first) said_.keep(landing_, token_.source, token_.token, label_of(stage, bytes));
+    if (first && asks_places()) {
+      uint32_t packed;
+      if (!resolve(landing_, place_word(), place_, token_.source, packed)) packed = Place::kNone;
+      kept_places(stage, bytes)[device::lane_idx()] = packed;
+    }
     device::sync_warp();
     offset_ = last ? 0 : offset_ + bytes;
   }
 
-  // Where a stage holds the label: behind its first piece, which is the longest, and behind scale factors if it has any.
-  // The copy engine never comes there.
-  EP_DEVICE char* label_of(const Stage& stage, int piece_bytes) const {
-    return stage.data + piece_bytes + landing_.record.tail_bytes;
+  // Lane k learns the row of selection k in the expanded layout, or -1, when the first piece of a token has come.
+  EP_DEVICE int row_of_lane(const Stage& stage) const {
+    const int k = device::lane_idx();
+    if (k >= landing_.routing.num_topk) return -1;
+    const Ticket& ticket = *stage.ticket;
+    const bool is_kept = landing_.out.known_metadata == nullptr;
+    const uint32_t packed = is_kept ? kept_places(stage, ticket.bytes)[k] : Place::kNone;
+    return find_row(landing_, ticket.rank, ticket.row, k, Place::unpack(packed));
   }
 
  private:
@@ -90,10 +96,26 @@ class Loader {
     return landing_.tables.found[token_.source].beside + int64_t(token_.token) * scales.bytes();
   }
 
+  // Whether this lane has a selection of which the row follows from its label.
+  EP_DEVICE bool asks_places() const {
+    const Received& out = landing_.out;
+    return out.layout == Layout::kExpanded && out.known_metadata == nullptr &&
+           device::lane_idx() < landing_.routing.num_topk;
+  }
+  EP_DEVICE const uint64_t* place_word() const {
+    return label_word(landing_, token_.source, token_.token, device::lane_idx(), 0);
+  }
+
+  // Where a stage keeps them, each lane its own: behind the first piece, which is the longest, and behind scale factors if
+  // it has any. The copy engine never comes there.
+  EP_DEVICE uint32_t* kept_places(const Stage& stage, int piece_bytes) const {
+    return reinterpret_cast<uint32_t*>(stage.data + piece_bytes + landing_.record.tail_bytes);
+  }
+
   const Landing& landing_;
   const int piece_bytes_;
   Arrivals::Item token_ = {-1, -1, -1};
-  Said said_;
+  uint64_t place_ = 0;  // as it was at a first look
   const char* from_ = nullptr;
   int offset_ = 0;
 };
@@ -106,26 +128,19 @@ EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, uint32_t epoch
   Arrivals peers(landing.window, epoch, landing.tables, patience, kPeers, warp, num_warps);
   Arrivals own(landing.window, epoch, landing.tables, patience, From::kSelf, warp, num_warps);
   Loader<kInPlace> loader(landing, piece_bytes);
-  Arrivals::Item next;  // a token ahead, so that nobody waits for its label words
-  Said next_said;
-  bool has_next = false, own_first = false;
+  bool own_first = false;
 
   // What has come from peers goes first; own rows fill the time in which nothing has. What lies in place has come at
   // once, but the link takes its time: so every other row is an own one.
-  const auto look_for_next = [&](bool patient) {
-    const Look look = patient ? Look::kUntilOneHasCome : Look::kOnce;
-    has_next = (own_first && own.take(Look::kOnce, next)) || peers.take(Look::kOnce, next) || own.take(look, next) ||
-               (patient && peers.take(look, next));
-    if (!has_next) return;
-    own_first = kInPlace && !own_first;
-    next_said = Said::ask(landing, next.source, next.token);
-  };
   const auto fill = [&](const Stage& stage, bool patient) {
     if (loader.is_between_tokens()) {
-      if (!has_next) look_for_next(patient);
-      if (!has_next) return peers.more() || own.more() ? Filled::kNotYet : Filled::kNoMore;
-      loader.turn_to(next, next_said);
-      look_for_next(false);
+      Arrivals::Item token;
+      const Look look = patient ? Look::kUntilOneHasCome : Look::kOnce;
+      const bool found = (own_first && own.take(Look::kOnce, token)) || peers.take(Look::kOnce, token) ||
+                         own.take(look, token) || (patient && peers.take(look, token));
+      own_first = kInPlace && !own_first;
+      if (!found) return peers.more() || own.more() ? Filled::kNotYet : Filled::kNoMore;
+      loader.turn_to(token);
     }
     loader.load(stage);
     return Filled::kYes;
@@ -143,9 +158,10 @@ EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, uint32_t epoch
       }
       if (spreads) spread_scales(out.scales, to, stage_scales);
     };
-    if (out.layout == Layout::kPlain) store(ticket.row);
-    if (ticket.first) row_of_selection = land_label(landing, ticket, loader.label_of(stage, ticket.bytes));
-    if (out.layout == Layout::kExpanded) {
+    if (out.layout == Layout::kPlain) {
+      store(ticket.row);
+    } else {
+      if (ticket.first) row_of_selection = loader.row_of_lane(stage);
       EP_NO_UNROLL
       for (uint32_t left = device::ballot(row_of_selection >= 0); left != 0; left &= left - 1) {
         store(device::shuffle(row_of_selection, lowest_bit(left)));

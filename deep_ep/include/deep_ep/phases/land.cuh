@@ -1,9 +1,10 @@
 #pragma once
-// What is to be known beside a row: its label goes where it belongs, and says where the row goes in the expanded layout.
+// What is to be known beside a row goes where it belongs, by warps that do nothing else: it is many small stores, which
+// would hold up those who move rows.
 //
-// reads         a token's label words; a handle's metadata
+// reads         routed and label words; a handle's metadata
 // writes        recv_topk_idx, recv_topk_weights, recv_src_metadata
-// waits for     the label words, if they are not there yet
+// waits for     the words
 // leaves behind everything about a received token but its row and scale factors
 
 #include <deep_ep/phases/payload.cuh>
@@ -49,97 +50,114 @@ struct Landing {
   const device::Patience& patience;
 };
 
-// What a stage keeps of a label until its token is landed; lane k writes and reads selection k's alone.
-struct Kept {
-  uint32_t place = Place::kNone, weight = 0;
-};
+// Label word `which` of lane k's selection, at a first look or after waiting for it.
+EP_DEVICE const uint64_t* label_word(const Landing& landing, int source, int token, int k, int which) {
+  const Routing& routing = landing.routing;
+  return label(landing.window, landing.window.rank, source, token, k, routing.max_tokens, routing.num_topk) + which;
+}
 
-// What lane k is told of selection k of a token: its label words at a first look, so that nobody waits for them.
-struct Said {
-  uint64_t place = 0, weight = 0;
+// The value of a word that `seen` may hold already; false if it never came.
+EP_DEVICE bool resolve(const Landing& landing, const uint64_t* at, uint64_t seen, int source, uint32_t& value) {
+  int came = static_cast<int>(static_cast<uint32_t>(seen));
+  const bool is_there = static_cast<uint32_t>(seen >> 32) == landing.epoch ||
+                        await_word(at, landing.epoch, landing.patience, phase::kLabel, source, came);
+  value = static_cast<uint32_t>(came);
+  return is_there;
+}
 
-  // Asks for the words of a token that is known to come here.
-  EP_DEVICE static Said ask(const Landing& landing, int source, int token) {
-    const int k = device::lane_idx();
-    if (k >= landing.routing.num_topk) return {};
-    const uint64_t* words = of(landing, source, token);
-    return {device::load_relaxed_sys(words), device::load_relaxed_sys(words + 1)};
-  }
-
-  // Collective over the warp. Without words in the end it says that the selection is of no expert.
-  EP_DEVICE void keep(const Landing& landing, int source, int token, char* at) const {
-    const int k = device::lane_idx(), num_topk = landing.routing.num_topk;
-    int packed = static_cast<int>(static_cast<uint32_t>(place)), bits = static_cast<int>(static_cast<uint32_t>(weight));
-    const bool is_late = k < num_topk && !(is_there(landing, place) && is_there(landing, weight));
-    if (device::ballot(is_late) != 0 && is_late) {
-      const uint64_t* words = of(landing, source, token);
-      const auto await = [&](const uint64_t* from, int& value) {
-        return await_word(from, landing.epoch, landing.patience, phase::kLabel, source, value);
-      };
-      if (!await(words, packed) || !await(words + 1, bits)) packed = static_cast<int>(Place::kNone);
-    }
-    device::sync_warp();
-    if (k < num_topk) reinterpret_cast<Kept*>(at)[k] = {static_cast<uint32_t>(packed), static_cast<uint32_t>(bits)};
-  }
-
- private:
-  EP_DEVICE static uint64_t* of(const Landing& landing, int source, int token) {
-    const Routing& routing = landing.routing;
-    return label(landing.window, landing.window.rank, source, token, device::lane_idx(), routing.max_tokens,
-                 routing.num_topk);
-  }
-  EP_DEVICE static bool is_there(const Landing& landing, uint64_t seen) {
-    return static_cast<uint32_t>(seen >> 32) == landing.epoch;
-  }
-};
-
-// Lane k learns the row of selection k in the expanded layout, or -1; `local` is its expert here, or -1.
-EP_DEVICE int find_row(const Landing& landing, const Ticket& ticket, int local, int position) {
+// The row of selection k in the expanded layout, or -1. `row`: of the token in the plain one.
+EP_DEVICE int find_row(const Landing& landing, int source, int row, int k, Place place) {
+  const Routing& routing = landing.routing;
   const Received& out = landing.out;
-  const int k = device::lane_idx(), num_topk = landing.routing.num_topk;
   int expanded = -1;
-  if (out.known_metadata == nullptr) {
-    const int first = ticket.rank * landing.routing.experts_per_rank;
-    if (local >= 0) expanded = landing.tables.expert_row[first + local] + position;
-  } else if (k < num_topk && out.layout == Layout::kExpanded) {
-    expanded = out.known_metadata[int64_t(ticket.row) * (num_topk + 2) + 2 + k];
+  if (out.known_metadata != nullptr) {
+    expanded = out.known_metadata[int64_t(row) * (routing.num_topk + 2) + 2 + k];
+  } else if (place.expert >= 0 && routing.rank_of(place.expert) == landing.window.rank) {
+    const int local = place.expert - landing.window.rank * routing.experts_per_rank;
+    expanded = landing.tables.expert_row[source * routing.experts_per_rank + local] + place.position;
   }
   return expanded < out.expanded_rows ? expanded : -1;  // more than the worst case: some token names an expert twice
 }
 
-// Puts all that is said of the ticket's token where it belongs. Returns, to lane k, the row of selection k in the
-// expanded layout, or -1.
-EP_DEVICE int land_label(const Landing& landing, const Ticket& ticket, char* at) {
+// A lane's selection of a token that may come here.
+struct Expected {
+  int source, token, k;                      // token -1: none
+  uint64_t slot = 0, place = 0, weight = 0;  // words, at a first look
+
+  EP_DEVICE void look(const Landing& landing) {
+    if (token < 0) return;
+    slot = device::load_relaxed_sys(routed(landing.window, landing.window.rank, source, token));
+    place = device::load_relaxed_sys(label_word(landing, source, token, k, 0));
+    weight = device::load_relaxed_sys(label_word(landing, source, token, k, 1));
+  }
+};
+
+// Puts what is said of each lane's selection where it belongs; `lanes` are those of the lane's token. False if some word
+// never came. Collective over the warp.
+EP_DEVICE bool land_selections(const Landing& landing, const Expected& seen, uint32_t lanes) {
   const Routing& routing = landing.routing;
   const Received& out = landing.out;
-  const int k = device::lane_idx(), num_topk = routing.num_topk, row = ticket.row, rank = landing.window.rank;
-  const Kept kept = k < num_topk ? reinterpret_cast<const Kept*>(at)[k] : Kept{};
-  const int expert = Place::unpack(kept.place).expert, position = Place::unpack(kept.place).position;
-  const float weight = __builtin_bit_cast(float, kept.weight);
-  const bool here = expert >= 0 && routing.rank_of(expert) == rank;
-  const int local = here ? expert - rank * routing.experts_per_rank : -1;
-  const int expanded = find_row(landing, ticket, local, position);
+  const int k = seen.k, num_topk = routing.num_topk, rank = landing.window.rank;
+  uint32_t slot = ~0u, packed = Place::kNone, weight = 0;
+  bool came = true;
+  if (seen.token >= 0) {
+    came = resolve(landing, routed(landing.window, rank, seen.source, seen.token), seen.slot, seen.source, slot);
+  }
+  const bool comes = came && slot != ~0u;
+  if (comes) {
+    came = resolve(landing, label_word(landing, seen.source, seen.token, k, 0), seen.place, seen.source, packed) &&
+           resolve(landing, label_word(landing, seen.source, seen.token, k, 1), seen.weight, seen.source, weight);
+  }
+  if (!device::all(came)) return false;
 
-  const uint32_t chosen = device::ballot(here);
+  const Place place = Place::unpack(packed);
+  const bool here = place.expert >= 0 && routing.rank_of(place.expert) == rank;
+  const uint32_t chosen = device::ballot(here) & lanes;
+  if (!comes) return true;
+  const int row = landing.tables.row_base[seen.source] + static_cast<int>(slot);
+  const bool plain = out.layout == Layout::kPlain;
+  // Where a handle knows the rows, only the weights of expanded ones go there.
+  const int expanded = out.metadata != nullptr || !plain ? find_row(landing, seen.source, row, k, place) : -1;
   if (out.metadata != nullptr) {
     int32_t* metadata = out.metadata + int64_t(row) * (num_topk + 2);
     if (k == 0) {
-      metadata[0] = ticket.rank * routing.max_tokens + ticket.token;
-      metadata[1] = ticket.rank * num_topk + highest_bit(chosen);
+      metadata[0] = seen.source * routing.max_tokens + seen.token;
+      metadata[1] = seen.source * num_topk + highest_bit(chosen) - lowest_bit(lanes);
     }
-    if (k < num_topk) metadata[2 + k] = expanded;
+    metadata[2 + k] = expanded;
   }
-  if (k >= num_topk) return expanded;
-  const bool plain = out.layout == Layout::kPlain;
   const int64_t entry = plain ? int64_t(row) * num_topk + k : expanded;
-  if (out.weights != nullptr && entry >= 0) out.weights[entry] = weight;
-  if (!plain) return expanded;
+  if (out.weights != nullptr && entry >= 0) out.weights[entry] = __builtin_bit_cast(float, weight);
+  if (!plain) return true;
+  const int local = here ? place.expert - rank * routing.experts_per_rank : -1;
   if (routing.index_bytes == 8) {
     static_cast<int64_t*>(out.topk_idx)[entry] = local;
   } else {
     static_cast<int32_t*>(out.topk_idx)[entry] = local;
   }
-  return expanded;
+  return true;
+}
+
+// All tokens of all sources, as many side by side as a warp holds: the first ones of every source, then the next ones, ...
+EP_DEVICE void land(const Landing& landing, int warp, int num_warps) {
+  const Abreast abreast(landing.routing.num_topk);
+  const int num_ranks = landing.window.num_ranks, lane = device::lane_idx();
+  const int most = device::reduce_max(lane < num_ranks ? landing.tables.tokens_of[lane] : 0);
+  const int items = (most + abreast.tokens - 1) / abreast.tokens * num_ranks;
+  const auto expect = [&](int item) {
+    const int source = item % num_ranks, token = item / num_ranks * abreast.tokens + abreast.j;
+    const bool is_one = item < items && abreast.j < abreast.tokens && token < landing.tables.tokens_of[source];
+    Expected expected{source, is_one ? token : -1, abreast.k};
+    expected.look(landing);
+    return expected;
+  };
+  Expected next = expect(warp);
+  EP_NO_UNROLL
+  for (int item = warp; item < items; item += num_warps) {
+    const Expected seen = next;
+    next = expect(item + num_warps);  // its words are on their way while these are landed
+    if (!land_selections(landing, seen, abreast.lanes())) return;
+  }
 }
 
 }  // namespace deep_ep
