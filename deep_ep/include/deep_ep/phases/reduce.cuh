@@ -58,6 +58,27 @@ EP_DEVICE void add_columns(const Combined& out, int token, const Parts& parts, c
   if (at.mine()) sum.rounded().stream(at.of(out.x + token * out.stride));
 }
 
+// What a warp takes at a time, by the number of its claim: a token. Of the last tokens it takes a part, as much as a warp
+// loads at once: a whole row takes several trips to memory, one after the other, and other warps have nothing to do then.
+struct Jobs {
+  int num_tokens, row_bytes;
+  int whole, parts, part_bytes;  // tokens that are taken whole; of the others, the parts of each
+
+  EP_DEVICE static Jobs share(int num_tokens, int row_bytes, int part_bytes) {
+    const int num_warps = device::num_blocks() * device::num_threads() / 32;
+    const int parts = (row_bytes + part_bytes - 1) / part_bytes, shared = (num_warps + parts - 1) / parts;
+    const bool few = num_tokens <= 3 * shared;
+    return {num_tokens, row_bytes, few ? 0 : num_tokens - shared, parts, part_bytes};
+  }
+
+  EP_DEVICE int end() const { return whole + (num_tokens - whole) * parts; }
+  EP_DEVICE int token(int job) const { return job < whole ? job : whole + (job - whole) / parts; }
+  EP_DEVICE int first_byte(int job) const { return job < whole ? 0 : (job - whole) % parts * part_bytes; }
+  EP_DEVICE int last_byte(int job) const {
+    return job < whole ? row_bytes : min_of(first_byte(job) + part_bytes, row_bytes);
+  }
+};
+
 // `found`: lane r's, where the rows of this rank's tokens are at rank r; in place only.
 template <Return kReturn>
 EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patience& patience, const Routing& routing,
@@ -67,15 +88,17 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = routing.num_topk;
   const int own_tokens = results.by_owner.begin(window.rank);
+  const int part_bytes = kIsPlain<kReturn> ? kAtOnce.vectors * kStride : record.row_bytes;
+  const Jobs jobs = Jobs::share(routing.num_tokens, record.row_bytes, part_bytes);
   Claims claims(window, Queue::kReceive);
   int ahead = claims.take();
-  Choice next = load_choice(routing, slots, ahead);
+  Choice next = load_choice(routing, slots, jobs.token(ahead));
   EP_NO_UNROLL
-  while (ahead < routing.num_tokens) {
-    const int token = ahead;
+  while (ahead < jobs.end()) {
+    const int job = ahead, token = jobs.token(job);
     const Choice choice = next;
     ahead = claims.take();
-    next = load_choice(routing, slots, ahead);
+    next = load_choice(routing, slots, jobs.token(ahead));
     const Selection selection = select(routing, choice.expert);
     const bool chosen = selection.rank >= 0, own = selection.rank == window.rank;
     const int received = own_tokens + choice.slot;
@@ -115,9 +138,10 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
       parts.own = device::ballot(own && there);
       parts.sum = device::ballot(own && selection.speaks);
     }
-    for_columns<kAtOnce.vectors>(record.row_bytes,
+    for_columns<kAtOnce.vectors>(jobs.first_byte(job), jobs.last_byte(job),
                                  [&](const auto& at) { add_columns<kAtOnce.rows>(out, token, parts, at); });
-    if (out.weights != nullptr && lane < num_topk) out.weights[int64_t(token) * num_topk + lane] = weight;
+    if (out.weights != nullptr && lane < num_topk && jobs.first_byte(job) == 0)
+      out.weights[int64_t(token) * num_topk + lane] = weight;
   }
 }
 

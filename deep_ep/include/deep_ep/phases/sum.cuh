@@ -13,13 +13,13 @@ constexpr int kStride = 32 * kVectorBytes;  // bytes that a warp takes in at onc
 // A part of a row: of each lane, kTogether vectors that lie kStride apart.
 template <int kTogether>
 struct Columns {
-  int offset, row_bytes;  // of this lane's first vector; of the row
+  int offset, end;  // of this lane's first vector; of the row, or of what of it is added at a time
 
-  // Behind a row's end a lane has nothing to store. It loads what the row's last lane loads: all lanes stay together.
-  EP_DEVICE bool mine() const { return kTogether > 1 || offset < row_bytes; }
+  // Behind the end a lane has nothing to store. It loads what the last lane loads: all lanes stay together.
+  EP_DEVICE bool mine() const { return kTogether > 1 || offset < end; }
   template <class Byte>
   EP_DEVICE Byte* of(Byte* row) const {
-    return row + (kTogether > 1 ? offset : min_of(offset, row_bytes - kVectorBytes));
+    return row + (kTogether > 1 ? offset : min_of(offset, end - kVectorBytes));
   }
 };
 
@@ -28,18 +28,17 @@ struct Grasp {
   int vectors, rows;
 };
 
-// Calls add(Columns<kTogether>) for every part of a row, collectively: kTogether vectors of a lane while they last, so
-// that many loads are under way, then single ones.
+// Calls add(Columns<kTogether>) for every part of a row from `begin` to `end`, collectively: kTogether vectors of a lane
+// while they last, so that many loads are under way, then single ones.
 template <int kTogether, class Add>
-EP_DEVICE void for_columns(int row_bytes, Add add) {
+EP_DEVICE void for_columns(int begin, int end, Add add) {
   const int lane_offset = device::lane_idx() * kVectorBytes;
-  int begin = 0;
   EP_NO_UNROLL
-  for (; begin + kTogether * kStride <= row_bytes; begin += kTogether * kStride) {
-    add(Columns<kTogether>{begin + lane_offset, row_bytes});
+  for (; begin + kTogether * kStride <= end; begin += kTogether * kStride) {
+    add(Columns<kTogether>{begin + lane_offset, end});
   }
   EP_NO_UNROLL
-  for (; begin < row_bytes; begin += kStride) add(Columns<1>{begin + lane_offset, row_bytes});
+  for (; begin < end; begin += kStride) add(Columns<1>{begin + lane_offset, end});
 }
 
 // The bfloat16 of a lane's columns.
