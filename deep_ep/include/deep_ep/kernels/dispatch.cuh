@@ -41,7 +41,7 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
   const Range share = warp < a.num_count_warps ? part_of(range, warp, a.num_count_warps) : Range{0, 0};
   const WarpCounts counts{device::shared_memory<int>(a.tables_bytes), a.routing.num_experts};
   if constexpr (kFrom == PlacesFrom::kSelections) {
-    if (warp < a.num_count_warps) count_share(a.routing, warp, share, counts);
+    if (warp < a.num_count_warps) count_share(a.routing, warp, share, counts, a.kept_idx);
     sync_counting();
     sum_over_warps(a.num_count_warps, a.routing.num_experts, counts, tables);
     sync_counting();
@@ -58,10 +58,9 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
   if (all_came && kFrom == PlacesFrom::kSelections) {
     publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
   }
-  if (all_came && a.kept_idx != nullptr) keep_selections(a.routing, range, a.kept_idx);
   const Router router{a.window, a.routing, a.weights, a.slots, counts, tables, warp};
   const Abreast abreast(a.routing.num_topk);
-  const Routed first = load_routed<kFrom>(router, abreast, share.begin, min_of(share.begin + 32, share.end));
+  const RoutedSteps first = load_routed<kFrom>(router, abreast, share.begin, min_of(share.begin + 32, share.end));
   hear_answer();
   if (all_came && tables.is(Ok::kAgrees)) route<kFrom>(router, epoch, share, abreast, first);
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts

@@ -4,7 +4,7 @@
 // tokens before each share took.
 //
 // reads         topk_idx of the block's range
-// writes        the warps' counts; tables.expert_below and .rank_below: the block's own totals
+// writes        the warps' counts; tables.expert_below and .rank_below: the block's own totals; a copy of topk_idx
 // waits for     nothing
 // leaves behind (after the block has synchronised) the counts of every warp
 
@@ -37,24 +37,32 @@ EP_DEVICE int count_in(int* counts, int number) {
   return before + device::popcount(same & device::lanes_below());
 }
 
-// Selections of each expert, and tokens bound for each rank.
-EP_DEVICE void count_share(const Routing& routing, int warp, Range share, const WarpCounts& counts) {
+// Steps of a warp through its share for which memory is asked at once: it takes far longer than to count.
+constexpr int kStepsAhead = 4;
+
+// Selections of each expert, and tokens bound for each rank. `kept_idx`: null, or where a copy of topk_idx goes, for the
+// handle: a launch of its own would cost more.
+EP_DEVICE void count_share(const Routing& routing, int warp, Range share, const WarpCounts& counts, void* kept_idx) {
   EP_NO_UNROLL
   for (int i = device::lane_idx(); i < counts.num_experts + kMaxRanks; i += 32) counts.experts(warp)[i] = 0;
   device::sync_warp();
   const Abreast abreast(routing.num_topk);
-  const auto load = [&](int first) {
-    const int64_t entry = abreast.entry(first, share.end);
-    return entry >= 0 ? routing.expert(entry) : -1;
-  };
-  int next = load(share.begin);
   EP_NO_UNROLL
-  for (int first = share.begin; first < share.end; first += abreast.tokens) {
-    const int expert = next;
-    next = load(first + abreast.tokens);  // on its way while these are counted
-    const Selection selection = abreast.select(routing, expert);
-    count_in(counts.experts(warp), expert);
-    count_in(counts.ranks(warp), selection.speaks ? selection.rank : -1);
+  for (int begin = share.begin; begin < share.end; begin += kStepsAhead * abreast.tokens) {
+    int experts[kStepsAhead];
+    for (int step = 0; step < kStepsAhead; ++step) {
+      const int64_t entry = abreast.entry(begin + step * abreast.tokens, share.end);
+      experts[step] = entry >= 0 ? routing.expert(entry) : -1;
+    }
+    for (int step = 0; step < kStepsAhead; ++step) {
+      const int first = begin + step * abreast.tokens;
+      if (first >= share.end) break;
+      const int64_t entry = abreast.entry(first, share.end);
+      if (kept_idx != nullptr && entry >= 0) routing.copy(entry, kept_idx);
+      const Selection selection = abreast.select(routing, experts[step]);
+      count_in(counts.experts(warp), experts[step]);
+      count_in(counts.ranks(warp), selection.speaks ? selection.rank : -1);
+    }
   }
 }
 

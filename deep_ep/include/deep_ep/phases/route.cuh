@@ -3,7 +3,7 @@
 // the tokens, 32 at a time, while others send the rows.
 //
 // reads         topk_idx, weights; the counts of what came before the share, or a handle's slots
-// writes        slots; labels and routed words at all ranks, this one included; a copy of topk_idx
+// writes        slots; labels and routed words at all ranks, this one included
 // waits for     nothing (admit has let us in)
 // leaves behind words; whoever reads one with this epoch has its value
 
@@ -35,15 +35,24 @@ struct Routed {
   float weight = 0.0f;
 };
 
+// Of as many steps as memory is asked for at once.
+struct RoutedSteps {
+  Routed at[kStepsAhead];
+};
+
+// From token `begin` on; only tokens before `end`.
 template <PlacesFrom kFrom>
-EP_DEVICE Routed load_routed(const Router& router, const Abreast& abreast, int first, int end) {
-  Routed routed;
-  routed.entry = abreast.entry(first, end);
-  if (routed.entry < 0) return routed;
-  routed.expert = router.routing.expert(routed.entry);
-  if (router.weights != nullptr) routed.weight = router.weights[routed.entry];
-  if constexpr (kFrom == PlacesFrom::kHandle) routed.slot = router.slots[routed.entry];
-  return routed;
+EP_DEVICE RoutedSteps load_routed(const Router& router, const Abreast& abreast, int begin, int end) {
+  RoutedSteps steps;
+  for (int step = 0; step < kStepsAhead; ++step) {
+    Routed& routed = steps.at[step];
+    routed.entry = abreast.entry(begin + step * abreast.tokens, end);
+    if (routed.entry < 0) continue;
+    routed.expert = router.routing.expert(routed.entry);
+    if (router.weights != nullptr) routed.weight = router.weights[routed.entry];
+    if constexpr (kFrom == PlacesFrom::kHandle) routed.slot = router.slots[routed.entry];
+  }
+  return steps;
 }
 
 // Labels of the tokens that stand abreast from `first` on, at each rank that they go to.
@@ -63,9 +72,30 @@ EP_DEVICE void label_tokens(const Router& router, uint32_t epoch, const Abreast&
   }
 }
 
-// `next`: what load_routed says of the first tokens.
+// Tells all ranks of the tokens that stand abreast from `first` on. `begin`: of the 32 tokens at hand.
 template <PlacesFrom kFrom>
-EP_DEVICE void route(const Router& router, uint32_t epoch, Range share, const Abreast& abreast, Routed next) {
+EP_DEVICE void route_step(const Router& router, uint32_t epoch, const Abreast& abreast, int begin, int first,
+                          Routed routed) {
+  const WarpCounts& counts = router.counts;
+  const int warp = router.warp;
+  const Selection selection = abreast.select(router.routing, routed.expert);
+  int position = 0;  // a handle knows the rows
+  if constexpr (kFrom == PlacesFrom::kSelections) {
+    position = count_in(counts.experts(warp), routed.expert);
+    if (routed.expert >= 0) position += router.tables.expert_below[routed.expert];
+    int slot = count_in(counts.ranks(warp), selection.speaks ? selection.rank : -1);
+    if (selection.speaks) slot += router.tables.rank_below[selection.rank];
+    slot = abreast.hear(selection, slot);
+    routed.slot = routed.expert >= 0 ? slot : -1;
+    if (routed.entry >= 0) router.slots[routed.entry] = routed.slot;
+  }
+  if (selection.speaks) counts.slot(warp, selection.rank, first + abreast.j - begin) = routed.slot;
+  label_tokens(router, epoch, abreast, first, routed, selection.rank, position);
+}
+
+// `loaded`: what load_routed says of the first steps.
+template <PlacesFrom kFrom>
+EP_DEVICE void route(const Router& router, uint32_t epoch, Range share, const Abreast& abreast, RoutedSteps loaded) {
   const Window& window = router.window;
   const WarpCounts& counts = router.counts;
   const int lane = device::lane_idx(), warp = router.warp;
@@ -77,24 +107,12 @@ EP_DEVICE void route(const Router& router, uint32_t epoch, Range share, const Ab
     for (int rank = 0; rank < window.num_ranks; ++rank) counts.slot(warp, rank, lane) = -1;
     device::sync_warp();
     EP_NO_UNROLL
-    for (int first = begin; first < end; first += abreast.tokens) {
-      Routed routed = next;
-      const int ahead = first + abreast.tokens;  // on their way while these are told
-      next = ahead < end ? load_routed<kFrom>(router, abreast, ahead, end)
-                         : load_routed<kFrom>(router, abreast, end, min_of(end + 32, share.end));
-      const Selection selection = abreast.select(router.routing, routed.expert);
-      int position = 0;  // a handle knows the rows
-      if constexpr (kFrom == PlacesFrom::kSelections) {
-        position = count_in(counts.experts(warp), routed.expert);
-        if (routed.expert >= 0) position += router.tables.expert_below[routed.expert];
-        int slot = count_in(counts.ranks(warp), selection.speaks ? selection.rank : -1);
-        if (selection.speaks) slot += router.tables.rank_below[selection.rank];
-        slot = abreast.hear(selection, slot);
-        routed.slot = routed.expert >= 0 ? slot : -1;
-        if (routed.entry >= 0) router.slots[routed.entry] = routed.slot;
+    for (int first = begin; first < end; first += kStepsAhead * abreast.tokens) {
+      if (first != share.begin) loaded = load_routed<kFrom>(router, abreast, first, end);
+      for (int step = 0; step < kStepsAhead; ++step) {
+        const int at = first + step * abreast.tokens;
+        if (at < end) route_step<kFrom>(router, epoch, abreast, begin, at, loaded.at[step]);
       }
-      if (selection.speaks) counts.slot(warp, selection.rank, first + abreast.j - begin) = routed.slot;
-      label_tokens(router, epoch, abreast, first, routed, selection.rank, position);
     }
     device::sync_warp();
     const int token = begin + lane;
@@ -105,19 +123,6 @@ EP_DEVICE void route(const Router& router, uint32_t epoch, Range share, const Ab
                                 word(static_cast<uint32_t>(slot), epoch));
     }
     device::sync_warp();  // counts.slot is free again
-  }
-}
-
-// Copies topk_idx of the block's range, for the handle: a launch of its own would cost more.
-EP_DEVICE void keep_selections(const Routing& routing, Range range, void* to) {
-  const int64_t end = int64_t(range.end) * routing.num_topk;
-  for (int64_t entry = int64_t(range.begin) * routing.num_topk + device::thread_idx(); entry < end;
-       entry += num_counting_threads()) {
-    if (routing.index_bytes == 8) {
-      static_cast<int64_t*>(to)[entry] = static_cast<const int64_t*>(routing.topk_idx)[entry];
-    } else {
-      static_cast<int32_t*>(to)[entry] = static_cast<const int32_t*>(routing.topk_idx)[entry];
-    }
   }
 }
 

@@ -26,6 +26,15 @@ struct Routing {
     const uint32_t low = words[0], high = index_bytes == 8 ? words[1] : 0;
     return high == 0 && low < static_cast<uint32_t>(num_experts) ? static_cast<int>(low) : -1;
   }
+
+  // Copies an entry as it is to the same place of another matrix of such indices.
+  EP_DEVICE void copy(int64_t entry, void* to) const {
+    if (index_bytes == 8) {
+      static_cast<int64_t*>(to)[entry] = static_cast<const int64_t*>(topk_idx)[entry];
+    } else {
+      static_cast<int32_t*>(to)[entry] = static_cast<const int32_t*>(topk_idx)[entry];
+    }
+  }
 };
 
 // A lane's selection of a token. `speaks` is set in one lane for every rank that the token goes to: the lane of that
