@@ -114,7 +114,7 @@ class Combine:
         rows = [self._padded(self.outputs[self.rank], handle), *self.biases]
         given = [with_gaps(each.to(device)) if self.options.row_gaps else each.to(device) for each in rows]
         weights = self._padded(self.out_weights[self.rank], handle).to(device) if self.with_weights else None
-        homes: list[torch.Tensor | None] = []
+        homes: list[registered.Home | None] = []
         if self.options.zero_copy:
             homes = [None if each is None else registered.like(buffer, each) for each in (weights, given[0])]
         weights, x, *biases = self.moment.late(weights, *given, homes=homes)

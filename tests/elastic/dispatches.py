@@ -132,7 +132,7 @@ class Dispatch:
         """Nobody holds what is given to the call once this has returned."""
         options = self.options
         x, scales, idx, weights = options.tensors(self.inputs[buffer.rank_idx], device)
-        homes: list[torch.Tensor | None] = []
+        homes: list[registered.Home | None] = []
         if options.zero_copy:
             homes = [None if each is None else registered.like(buffer, each) for each in (x, scales)]
         if "handle" in arguments:  # which holds them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 
@@ -10,6 +11,26 @@ from deep_ep import ElasticBuffer
 
 NUM_BYTES = 48 << 20  # of a buffer that makes one call after the other
 LINE = 128
+
+
+@dataclass(frozen=True)
+class Home:
+    """A tensor in registered memory, where the values of one call lie after those of another.
+
+    Attributes:
+        tensor: what the call is given.
+    """
+
+    buffer: ElasticBuffer
+    tensor: torch.Tensor
+
+    def write(self, values: torch.Tensor) -> None:
+        """In the order of the buffer's calls: on a GPU that of the current stream."""
+        in_order = getattr(self.buffer, "write_in_order", None)  # tests/sim/ranks.py, where calls may not have run yet
+        if in_order is None:
+            self.tensor.copy_(values)
+        else:
+            in_order(self.tensor, values)
 
 
 class _Ring:
@@ -29,10 +50,10 @@ class _Ring:
 _RINGS: weakref.WeakKeyDictionary[ElasticBuffer, _Ring] = weakref.WeakKeyDictionary()
 
 
-def like(buffer: ElasticBuffer, tensor: torch.Tensor) -> torch.Tensor:
+def like(buffer: ElasticBuffer, tensor: torch.Tensor) -> Home:
     """A contiguous tensor of the same shape in the buffer's registered memory; another one in each call, until its
     memory is taken anew."""
     if buffer not in _RINGS:
         _RINGS[buffer] = _Ring(buffer)
     memory = _RINGS[buffer].take(tensor.numel() * tensor.element_size())
-    return memory.view(tensor.dtype).view(tensor.shape)
+    return Home(buffer, memory.view(tensor.dtype).view(tensor.shape))

@@ -2,7 +2,8 @@
 
 On a GPU, what a call is given holds no numbers until late, on the stream or before the event that the call must wait
 for; and memory of what it was given is written over as soon as the caller has let go of it. So a call that waits for
-the wrong thing, or for nothing, returns something else than the oracle. On simulated ranks all of it is inert.
+the wrong thing, or for nothing, returns something else than the oracle. On simulated ranks all of it is inert, but that
+registered memory is written in the order of the calls, and written over as soon as a call has ended.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from deep_ep import EventHandle, EventOverlap
+from tests.elastic.registered import Home
 
 GIVEN, EMPTY = "given", "empty"
 LATE, LATER = 50_000, 300_000  # clocks of the GPU: some 30 and 170 us
@@ -45,11 +47,9 @@ class Moment:
         self._epilogue: EventHandle | None = None
         self._event: EventOverlap | None = None
         self._given: list[torch.Tensor] = []
-        self._homes: list[torch.Tensor] = []  # which may be written again when the call has ended
+        self._homes: list[Home] = []  # which may be written again when the call has ended
 
-    def late(
-        self, *given: torch.Tensor | None, homes: Sequence[torch.Tensor | None] = ()
-    ) -> tuple[torch.Tensor | None, ...]:
+    def late(self, *given: torch.Tensor | None, homes: Sequence[Home | None] = ()) -> tuple[torch.Tensor | None, ...]:
         """The same tensors, of which the values come later: on the current stream, or where the previous event is.
 
         Args:
@@ -57,16 +57,16 @@ class Moment:
         """
         self._homes = [home for home in homes if home is not None]
         late = [
-            home if home is not None or each is None else _without_numbers(each)
+            home.tensor if home is not None else None if each is None else _without_numbers(each)
             for each, home in itertools.zip_longest(given, homes)
         ]
         if self._beside is None:
             for each, home in zip(given, homes, strict=False):
                 if each is not None and home is not None:
-                    home.copy_(each)
+                    home.write(each)
             return (*late[: len(homes)], *given[len(homes) :])
         for home in self._homes:
-            _fill(home)
+            _fill(home.tensor)
         current = torch.cuda.current_stream()
         self._beside.wait_stream(current)
         with torch.cuda.stream(self._beside if self.timing.previous_event == GIVEN else current):
@@ -124,10 +124,9 @@ class Moment:
             assert self._epilogue.event.query(), "the call did not wait for previous_event_before_epilogue"
 
     def _write_again(self) -> None:
-        """Simulated kernels may not have run yet."""
-        if self._on_gpu:
-            for home in self._homes:
-                _fill(home)
+        """In the order of calls: simulated kernels may not have run yet."""
+        for home in self._homes:
+            home.write(_without_numbers(home.tensor))
         self._homes.clear()
 
 

@@ -10,7 +10,6 @@ import ctypes
 import random
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,6 @@ from tests.elastic import cases
 from tests.sim import swarm
 from tests.sim.ranks import Buffer, Group, Ranks, Settings
 
-KERNELS = Path(__file__).parent / "kernels"
 NUM_ROUNDS, MOST = 3, 4
 CPU = torch.device("cpu")
 
@@ -110,15 +108,11 @@ def tell(seed: int, world: World, toolchain: jit.Gxx) -> None:
         Ranks(world, num_ranks, settings).run(swarm.ROLES[0], program)
 
 
-def toolchain_of(race: bool) -> jit.Gxx:
-    return jit.Gxx(race_detector=race, more_include_dirs=(KERNELS,))
-
-
 def run_seed(seed: int, race: bool) -> None:
     """Raises AssertionError, with the command that replays it."""
     with World(race_detector=race) as world:
         try:
-            tell(seed, world, toolchain_of(race))
+            tell(seed, world, jit.Gxx(race_detector=race))
         except Exception as error:
             replay = f"python -m tests.sim.barriers --seeds {seed}:{seed + 1}{' --race' if race else ''}"
             raise AssertionError(f"{type(error).__name__}: {error}\nreplay: {replay}") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,6 +29,7 @@ from deep_ep.machine.world import Launch, World
 
 T = TypeVar("T")
 
+KERNELS = Path(__file__).parent / "kernels"  # of the tests themselves
 TIMEOUT_SECONDS = 200.0  # of a rank that waits for its peers' threads; what a seed may take at most
 
 
@@ -246,7 +247,8 @@ class Ranks:
 
     def _artifact(self, kernel: jit.Kernel) -> Path:
         if kernel not in self.artifacts:
-            self.artifacts[kernel] = jit.build(kernel, self.settings.toolchain).artifact
+            toolchain = replace(self.settings.toolchain, more_include_dirs=(KERNELS,))
+            self.artifacts[kernel] = jit.build(kernel, toolchain).artifact
         return self.artifacts[kernel]
 
     def run(self, roles: plan.RolesOfMachine, program: Callable[[Group], None]) -> None:
@@ -276,6 +278,18 @@ class Ranks:
             raise errors[0]
 
 
+@dataclass(frozen=True)
+class RewriteConfig:
+    """There is nothing to choose."""
+
+
+class RewriteArgs(ctypes.Structure):
+    _fields_ = [("to", ctypes.c_void_p), ("values", ctypes.c_void_p), ("num_words", ctypes.c_int32)]
+
+
+REWRITE = jit.Kernel("rewrite", RewriteConfig(), RewriteArgs, num_threads=32, header="rewrite.cuh")
+
+
 class Buffer(deep_ep.ElasticBuffer):
     """A buffer whose calls can leave their launches in the queue.
 
@@ -290,6 +304,16 @@ class Buffer(deep_ep.ElasticBuffer):
 
     def combine(self, *args: Any, **kwargs: Any) -> Any:
         return self._finish(super().combine(*args, **kwargs))
+
+    def write_in_order(self, to: torch.Tensor, values: torch.Tensor) -> None:
+        """Queue other values for a tensor, behind the calls so far."""
+        assert isinstance(self.group, Group)
+        words, num_words = values.contiguous(), values.numel() * values.element_size() // 4
+        if num_words:
+            args = RewriteArgs(to.data_ptr(), words.data_ptr(), num_words)
+            self.group.machine.launch(
+                REWRITE, args, num_blocks=1, shared_bytes=0, stream=None, reads=[words], writes=[to]
+            )
 
     def run(self) -> None:
         assert isinstance(self.group, Group)

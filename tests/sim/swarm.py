@@ -20,10 +20,12 @@ import pytest
 import torch
 
 from deep_ep import jit
+from deep_ep.layout import MAX_TOPK
 from deep_ep.machine.world import World
 from deep_ep.plan import CombineRoles, Crew, Roles, RolesOfMachine
 from tests import oracle
 from tests.elastic import cases
+from tests.elastic.registered import LINE
 from tests.sim.ranks import Buffer, Group, Ranks, Settings
 
 # Few, because each is two compiles; odd counts of warps and stages among them. Crew: warps, stages, of those storing.
@@ -62,7 +64,7 @@ ROLES = (
     ),
 )
 NUM_RACE_ROLES = 2  # with few threads
-REGISTERED_BYTES = 16 << 20  # for all calls of a story
+MOST_SCALES = 100  # of a row (tests/elastic/choices.py)
 SHORT, LONG = 1024, 32768  # values of a row, at most: the long ones do not fit into a stage
 
 
@@ -163,7 +165,7 @@ def tell(story: Story, world: World, toolchain: jit.Gxx) -> int:
             num_max_tokens_per_rank=most,
             hidden=story.longest,
             allow_multiple_reduction=False,
-            num_registered_bytes=REGISTERED_BYTES,
+            num_registered_bytes=registered_bytes(story, most),
         )
         num_alone = len(story.cases) - story.num_overlapping
         for case in story.cases[:num_alone]:
@@ -177,6 +179,16 @@ def tell(story: Story, world: World, toolchain: jit.Gxx) -> int:
     with shared_oracle():
         ranks.run(story.roles, program)
     return ranks.num_steps
+
+
+def registered_bytes(story: Story, most: int) -> int:
+    """For one call: the next one finds the memory in use, and must not write there too early.
+
+    Args:
+        most: tokens of a rank.
+    """
+    beside = 4 * max(MAX_TOPK, MOST_SCALES)  # bytes of a row's weights or scale factors
+    return story.num_ranks * most * (2 * story.longest + beside) + 2 * LINE
 
 
 def count_steps(story: Story) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from deep_ep.jit.toolchain import INCLUDE_DIR
 from tests.elastic import combines
-from tests.sim import planted
+from tests.sim import bugs, planted, swarm
 
 pytestmark = pytest.mark.race
 
@@ -22,8 +22,8 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("bug", planted.BUGS, ids=lambda bug: bug.name)
-def test_is_noticed(bug: planted.Bug) -> None:
+@pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug.name)
+def test_is_noticed(bug: bugs.Bug) -> None:
     num_seeds, error = planted.plant(bug)
     assert error, f"nothing noticed {bug.name} in {num_seeds} seeds; python -m tests.sim.planted {bug.name}"
     assert bug.noticed_by in error, error
@@ -31,7 +31,7 @@ def test_is_noticed(bug: planted.Bug) -> None:
 
 @pytest.mark.parametrize(
     ("num_tokens", "combining", "num_sms"),
-    dict.fromkeys((bug.num_tokens, bug.combining, bug.num_sms) for bug in planted.BUGS),
+    dict.fromkeys((bug.num_tokens, bug.combining, bug.num_sms) for bug in bugs.BUGS),
 )
 def test_nothing_is_noticed_where_nothing_is_planted(
     tmp_path: Path, num_tokens: int, combining: combines.Options, num_sms: int
@@ -40,19 +40,28 @@ def test_nothing_is_noticed_where_nothing_is_planted(
     assert planted.find_error(toolchain, num_tokens, combining, num_sms, NUM_CONTROLS) == (NUM_CONTROLS, "")
 
 
-@pytest.mark.parametrize("bug", [bug for bug in planted.BUGS if bug.beside], ids=lambda bug: bug.name)
-def test_what_makes_a_bug_show_is_none(tmp_path: Path, bug: planted.Bug) -> None:
+@pytest.mark.parametrize("bug", [bug for bug in bugs.BUGS if bug.beside], ids=lambda bug: bug.name)
+def test_what_makes_a_bug_show_is_none(tmp_path: Path, bug: bugs.Bug) -> None:
     toolchain = planted.patched_toolchain(tmp_path, replace(bug, new=bug.old))
     assert planted.find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, NUM_CONTROLS) == (NUM_CONTROLS, "")
+
+
+@pytest.mark.parametrize("race", [False, True])
+def test_labels_may_come_late(tmp_path: Path, race: bool) -> None:
+    """As on GPUs: whoever wants them waits for them, in any layout, at any size."""
+    late = next(bug for bug in bugs.BUGS if bug.beside == bugs.LATE_LABELS)
+    toolchain = planted.patched_toolchain(tmp_path, replace(late, new=late.old, race_detector=race))
+    for seed in range(NUM_CONTROLS):
+        swarm.run_seed(seed, race, toolchain)
 
 
 def test_every_phase_has_a_bug() -> None:
     """A new header of a phase comes with a bug that only its own lines prevent."""
     phases = {f"phases/{path.name}" for path in (INCLUDE_DIR / "deep_ep" / "phases").glob("*.cuh")}
-    assert phases - {bug.file for bug in planted.BUGS} == {"phases/tables.cuh"}, "which only says where things are"
+    assert phases - {bug.file for bug in bugs.BUGS} == {"phases/tables.cuh"}, "which only says where things are"
 
 
 def test_a_patch_that_no_longer_fits_is_an_error(tmp_path: Path) -> None:
-    bug = planted.Bug("gone", "phases/ring.cuh", "no such text", "", "")
+    bug = bugs.Bug("gone", "phases/ring.cuh", "no such text", "", "")
     with pytest.raises(ValueError, match=r"gone: this stands 0 times in phases/ring\.cuh, not 1"):
         planted.patched_toolchain(tmp_path, bug)

@@ -13,7 +13,7 @@ import torch
 import deep_ep
 from deep_ep import EPError, jit
 from deep_ep.machine.world import World
-from tests.sim import planted
+from tests.sim import bugs, planted
 from tests.sim.ranks import Buffer, Group, Ranks, Settings
 from tests.sim.swarm import ROLES
 
@@ -93,7 +93,7 @@ def test_only_the_failure_is_told(expanded: bool, second_comes: bool) -> None:
 def test_who_goes_on_crashes(tmp_path: Path) -> None:
     """The planted bug: a combine that does not look whether the buffer is broken."""
     gone = "  if (is_broken(a.window)) return;\n"
-    bug = planted.Bug("goes-on", "kernels/combine.cuh", gone, "", "", race_detector=False)
+    bug = bugs.Bug("goes-on", "kernels/combine.cuh", gone, "", "", race_detector=False)
     with pytest.raises(
         EPError, match=r"simulated launch failed with seed \d+: (crash|an access to .* no memory of this world)"
     ):

@@ -34,7 +34,7 @@ PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 PYTHON_RUN_BY = {
     "buffer = ElasticBuffer(group, num_max_tokens_per_rank=4096": "tests/elastic/ways.py",
     "with World() as world:": "tests/device/test_engine.py",
-    "from deep_ep.layout import window_bytes": "tests/unit/test_layout.py",
+    "from deep_ep.layout import labels_bytes": "tests/unit/test_layout.py",
 }
 
 

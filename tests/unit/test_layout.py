@@ -11,13 +11,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deep_ep import layout
-from deep_ep.layout import MAX_EXPERTS, MAX_RANKS, MAX_TOPK, Record, align, window_bytes, window_layout
+from deep_ep.layout import (
+    MAX_EXPERTS,
+    MAX_RANKS,
+    MAX_TOPK,
+    Record,
+    WindowLayout,
+    align,
+    labels_bytes,
+    window_bytes,
+    window_layout,
+)
 
 PAGE = layout.WINDOW_ALIGNMENT
 RANKS = st.integers(1, MAX_RANKS)
 TOKENS = st.one_of(st.integers(1, 64), st.integers(1, 8192))
 HIDDEN = st.integers(1, 1024).map(lambda eighths: 8 * eighths)
 TOPK = st.integers(1, MAX_TOPK)
+
+
+def fitting(num_ranks: int, tokens: int, hidden: int, num_topk: int, is_told: bool, **how: bool) -> WindowLayout:
+    """The window of a buffer that is built for these sizes, or with as many bytes as the hint says."""
+    num_bytes = window_bytes(num_ranks, tokens, hidden, num_topk, sizes_are_told=is_told, **how)
+    assert num_bytes % PAGE == 0
+    labels = labels_bytes(num_ranks, tokens, num_topk or MAX_TOPK)
+    return window_layout(num_ranks, num_bytes, labels if is_told else None)
 
 
 @given(value=st.integers(0, 1 << 40), alignment=st.integers(1, 1 << 20))
@@ -33,15 +51,21 @@ def test_layouts_are_told_apart() -> None:
     assert window_layout(2, 8 * PAGE).digest() == window_layout(2, 8 * PAGE).digest()
 
 
-@given(num_ranks=RANKS, pages=st.integers(8, 4096), registered=st.integers(0, 1 << 33))
-def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int, registered: int) -> None:
-    window = window_layout(num_ranks, pages * PAGE, registered)
+@given(
+    num_ranks=RANKS,
+    pages=st.integers(8, 4096),
+    labels=st.one_of(st.none(), st.integers(1, PAGE)),
+    registered=st.integers(0, 1 << 33),
+)
+def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int, labels: int | None, registered: int) -> None:
+    window = window_layout(num_ranks, pages * PAGE, labels, registered)
     assert [region.name for region in window.regions] == [
         "control",
         "partials",
         "messages",
         "arrived",
         "routed",
+        "labels",
         "rows",
         "registered",
     ]
@@ -54,6 +78,7 @@ def test_regions_lie_apart_and_fill_the_window(num_ranks: int, pages: int, regis
         assert region.offset + region.num_bytes <= following.offset
     rows, last = window.regions[-2:]
     assert rows.offset + rows.num_bytes == window.num_bytes == last.offset
+    assert window["labels"].num_bytes == (window.num_bytes // layout.LABELS_SHARE if labels is None else labels)
     assert last.num_bytes == registered
     assert window.total_bytes == align(window.num_bytes + registered, layout.WINDOW_ALIGNMENT)
 
@@ -66,7 +91,8 @@ def test_regions_hold_what_kernels_index(num_ranks: int, pages: int) -> None:
     assert window["messages"].num_bytes >= 8 * num_ranks * layout.message_words(num_ranks)
     assert window["arrived"].num_bytes >= 4 * num_ranks * window.slots_per_source
     assert window["routed"].num_bytes >= 8 * num_ranks * window.slots_per_source
-    assert layout.message_words(num_ranks) >= 1 + 2 * layout.PLAN_WORDS + MAX_EXPERTS // num_ranks
+    said_in_an_epoch = layout.PLAN_WORDS + layout.PLACE_WORDS
+    assert layout.message_words(num_ranks) >= 1 + 2 * said_in_an_epoch + MAX_EXPERTS // num_ranks
 
 
 def test_layout_depends_on_ranks_and_size_alone() -> None:
@@ -74,38 +100,48 @@ def test_layout_depends_on_ranks_and_size_alone() -> None:
     assert window_layout(8, 64 << 20) == window_layout(8, 64 << 20)
 
 
-@given(num_ranks=RANKS, tokens=TOKENS, hidden=HIDDEN, num_topk=st.integers(0, MAX_TOPK))
-def test_size_hint_fits(num_ranks: int, tokens: int, hidden: int, num_topk: int) -> None:
-    num_bytes = window_bytes(num_ranks, tokens, hidden, num_topk)
-    assert num_bytes % PAGE == 0
-    window = window_layout(num_ranks, num_bytes)
+@given(num_ranks=RANKS, tokens=TOKENS, hidden=HIDDEN, num_topk=st.integers(0, MAX_TOPK), is_told=st.booleans())
+def test_size_hint_fits(num_ranks: int, tokens: int, hidden: int, num_topk: int, is_told: bool) -> None:
+    window = fitting(num_ranks, tokens, hidden, num_topk, is_told)
     for k in [num_topk] if num_topk else [1, MAX_TOPK]:
-        assert window.fits(tokens, Record.of_dispatch(2 * hidden, k))
+        assert window.fits(tokens, Record.of_dispatch(2 * hidden), num_labels=k)
         assert window.fits(tokens, Record.of_combine(2 * hidden, k))
-        assert window.fits(tokens, Record.of_dispatch(align(hidden, 16), k, -(-hidden // 128)))  # FP8
+        assert window.fits(tokens, Record.of_dispatch(align(hidden, 16), -(-hidden // 128)), num_labels=k)  # FP8
+        last = ((num_ranks - 1) * tokens + tokens - 1) * k + k - 1  # selection of the last source's last token
+        assert layout.LABEL_BYTES * (last + 1) <= window["labels"].num_bytes
 
 
-@given(num_ranks=RANKS, tokens=TOKENS, hidden=HIDDEN, num_topk=TOPK)
-def test_size_hint_fits_every_row(num_ranks: int, tokens: int, hidden: int, num_topk: int) -> None:
+@given(num_ranks=RANKS, tokens=TOKENS, hidden=HIDDEN, num_topk=TOPK, is_told=st.booleans())
+def test_size_hint_fits_every_row(num_ranks: int, tokens: int, hidden: int, num_topk: int, is_told: bool) -> None:
     """Without multiple reduction there is room for whatever there was with it, and for a record of each selection."""
-    num_bytes = window_bytes(num_ranks, tokens, hidden, num_topk, allow_multiple_reduction=False)
-    assert num_bytes >= window_bytes(num_ranks, tokens, hidden, num_topk)
-    window, record = window_layout(num_ranks, num_bytes), Record.of_combine(2 * hidden, 1)
+    window = fitting(num_ranks, tokens, hidden, num_topk, is_told, allow_multiple_reduction=False)
+    assert window.num_bytes >= fitting(num_ranks, tokens, hidden, num_topk, is_told).num_bytes
+    record = Record.of_combine(2 * hidden, 1)
     assert window.fits(tokens, record, num_topk)
+    assert window.fits(tokens, Record.of_dispatch(2 * hidden), num_labels=num_topk)
     records = tokens * num_topk if num_ranks > 1 else 0
     assert records * record.num_bytes <= window["rows"].num_bytes, "place of token and selection"
 
 
-@given(num_ranks=st.integers(2, MAX_RANKS), tokens=TOKENS, hidden=HIDDEN, num_topk=TOPK)
-def test_size_hint_is_tight(num_ranks: int, tokens: int, hidden: int, num_topk: int) -> None:
+@given(num_ranks=st.integers(2, MAX_RANKS), tokens=TOKENS, hidden=HIDDEN, num_topk=TOPK, is_told=st.booleans())
+def test_size_hint_is_tight(num_ranks: int, tokens: int, hidden: int, num_topk: int, is_told: bool) -> None:
     """With two pages less the same tokens do not fit."""
-    num_bytes = window_bytes(num_ranks, tokens, hidden, num_topk) - 2 * PAGE
+    window = fitting(num_ranks, tokens, hidden, num_topk, is_told)
+    num_label_bytes = window["labels"].num_bytes if is_told else None
     try:
-        smaller = window_layout(num_ranks, num_bytes)
+        smaller = window_layout(num_ranks, window.num_bytes - 2 * PAGE, num_label_bytes)
     except ValueError:
         return
-    both = (Record.of_dispatch(2 * hidden, num_topk), Record.of_combine(2 * hidden, num_topk))
-    assert not all(smaller.fits(tokens, record) for record in both)
+    has_room = smaller.fits(tokens, Record.of_dispatch(2 * hidden), num_labels=num_topk)
+    assert not (has_room and smaller.fits(tokens, Record.of_combine(2 * hidden, num_topk)))
+
+
+@given(num_ranks=RANKS, tokens=TOKENS, num_topk=TOPK)
+def test_labels_of_one_selection_more_do_not_fit(num_ranks: int, tokens: int, num_topk: int) -> None:
+    """Where a buffer was told its sizes, there is exactly room for them, whatever is left for rows."""
+    window, record = fitting(num_ranks, tokens, 1024, num_topk, is_told=True), Record.of_dispatch(16)
+    assert window.fits(tokens, record, num_labels=num_topk)
+    assert not window.fits(tokens, record, num_labels=num_topk + 1)
 
 
 @given(num_ranks=RANKS, tokens=TOKENS, hidden=HIDDEN, num_topk=TOPK)
@@ -125,11 +161,10 @@ def test_protocol_md_shows_what_a_window_takes(capsys: pytest.CaptureFixture[str
     )
     exec(code, {})
     assert capsys.readouterr().out == promised
-    assert "So 55% and 91%." in page
-    assert [round(100 * ratio_to_slots(num_ranks)) for num_ranks in (2, 8)] == [55, 91]
-    smaller = window_bytes(2, 4096, 7168, 8, allow_multiple_reduction=False)
-    assert smaller == window_bytes(8, 4096, 7168, 8, allow_multiple_reduction=False)
-    assert f"`M x K` records, {smaller / 1e6:.0f} MB" in page
+    assert "So 55% and 92%." in page
+    assert [round(100 * ratio_to_slots(num_ranks)) for num_ranks in (2, 8)] == [55, 92]
+    every_row = [window_bytes(num_ranks, 4096, 7168, 8, allow_multiple_reduction=False) for num_ranks in (2, 8)]
+    assert f"`M x K` records, {every_row[0] / 1e6:.0f} to {every_row[1] / 1e6:.0f} MB" in page
 
 
 def ratio_to_slots(num_ranks: int, num_max_tokens: int = 4096, hidden: int = 7168) -> float:
@@ -137,26 +172,24 @@ def ratio_to_slots(num_ranks: int, num_max_tokens: int = 4096, hidden: int = 716
     return window_bytes(num_ranks, num_max_tokens, hidden, num_topk=8) / (num_ranks * num_max_tokens * 2 * hidden)
 
 
-@given(num_ranks=st.integers(2, 16), num_max_tokens=st.integers(4096, 16384), hidden=st.integers(28, 64))
+@given(num_ranks=st.integers(2, 14), num_max_tokens=st.integers(4096, 16384), hidden=st.integers(28, 64))
 def test_a_window_is_smaller_than_a_slot_for_every_token_of_every_rank(
     num_ranks: int, num_max_tokens: int, hidden: int
 ) -> None:
-    """Prefill, rows of 7 KiB and more; marks and partial counts weigh more in smaller windows."""
+    """Prefill, rows of 7 KiB and more; marks, labels and partial counts weigh more in smaller windows."""
     assert ratio_to_slots(num_ranks, num_max_tokens, 128 * hidden) < 1
 
 
 def test_a_usual_size() -> None:
     """4096 tokens of 7168 bfloat16 on 8 ranks: what must be kept is 7 x 4096 rows, and a window is hardly more."""
     rows = 7 * 4096 * 7168 * 2
-    assert rows < window_bytes(8, 4096, 7168, 8) < 1.05 * rows
+    assert rows < window_bytes(8, 4096, 7168, 8) < 1.06 * rows
 
 
 @given(row_bytes=st.integers(1, 2048).map(lambda n: 16 * n), num_topk=TOPK, num_scales=st.integers(0, 512))
 def test_records(row_bytes: int, num_topk: int, num_scales: int) -> None:
-    sent, back = Record.of_dispatch(row_bytes, num_topk, num_scales), Record.of_combine(row_bytes, num_topk)
+    sent, back = Record.of_dispatch(row_bytes, num_scales), Record.of_combine(row_bytes, num_topk)
     assert sent.tail_bytes >= 4 * num_scales
-    assert sent.label_bytes >= 4 * 3 * num_topk, "expert, position and weight of each selection"
-    assert sent.label_bytes % layout.SECTOR_BYTES == 0
     assert back.tail_bytes >= 4 * num_topk
     for record in (sent, back):
         assert record.tail_bytes % layout.SECTOR_BYTES == 0

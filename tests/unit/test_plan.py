@@ -55,11 +55,11 @@ def test_every_dispatch_fits(
     roles: RolesOfMachine, row_bytes: int, num_topk: int, num_ranks: int, local_experts: int, num_scales: int
 ) -> None:
     num_experts = num_ranks * min(local_experts, MAX_EXPERTS // num_ranks)
-    record = Record.of_dispatch(row_bytes, num_topk, num_scales)
-    launch = plan.plan_dispatch(roles.dispatch, record, num_experts, num_ranks, SHARED_LIMIT)
+    record = Record.of_dispatch(row_bytes, num_scales)
+    launch = plan.plan_dispatch(roles.dispatch, record, num_topk, num_experts, num_ranks, SHARED_LIMIT)
     assert launch.tables_bytes == plan.tables_bytes(num_experts) + plan.mailboxes_bytes(roles.dispatch.send)
     assert launch.tables_bytes % 128 == 0
-    beside = {"send": record.tail_bytes, "receive": record.tail_bytes + record.label_bytes}
+    beside = {"send": record.tail_bytes, "receive": record.tail_bytes + plan.KEPT_BYTES * num_topk}
     for name, ring in (("send", launch.send), ("receive", launch.receive)):
         assert ring.piece_bytes + beside[name] <= ring.stage_bytes
         assert launch.tables_bytes + ring.rings_bytes <= launch.shared_bytes <= SHARED_LIMIT
