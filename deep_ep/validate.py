@@ -249,6 +249,21 @@ def are_valid_selections(topk_idx: torch.Tensor, num_experts: int) -> None:
         )
 
 
+def is_own_handle(value: Any, group_ranks: tuple[int, ...], rank: int, device: torch.device) -> EPHandle:
+    """A handle that a dispatch of this rank made, in a group of these ranks."""
+    if not isinstance(value, EPHandle):
+        raise TypeError(f"handle must be the EPHandle that dispatch returned, but it is a {type(value).__name__}")
+    if value.group_ranks != group_ranks or value.rank != rank:
+        raise ValueError(
+            f"handle belongs to rank {value.rank} of a group of ranks {list(value.group_ranks)}, this buffer to rank "
+            f"{rank} of {list(group_ranks)}; use it with a buffer of the group that dispatched"
+        )
+    if value.topk_idx.device != device:
+        raise ValueError(f"handle lies on {value.topk_idx.device}, this buffer's kernels run on {device}")
+    is_whole_handle(value, len(group_ranks))
+    return value
+
+
 def is_whole_handle(handle: EPHandle, num_ranks: int) -> None:
     """All but ``do_expand`` is as its dispatch left it, as far as sizes show; kernels go by them."""
     if handle.is_known:

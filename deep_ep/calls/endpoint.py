@@ -339,17 +339,7 @@ class Endpoint:
 
     def own_handle(self, handle: Any) -> EPHandle:
         """Raise unless a dispatch of this rank, in a group of the same ranks, made the handle."""
-        if not isinstance(handle, EPHandle):
-            raise TypeError(f"handle must be the EPHandle that dispatch returned, but it is a {type(handle).__name__}")
-        if handle.group_ranks != self.group_ranks or handle.rank != self.rank:
-            raise ValueError(
-                f"handle belongs to rank {handle.rank} of a group of ranks {list(handle.group_ranks)}, this buffer to "
-                f"rank {self.rank} of {list(self.group_ranks)}; use it with a buffer of the group that dispatched"
-            )
-        if handle.topk_idx.device != self.device:
-            raise ValueError(f"handle lies on {handle.topk_idx.device}, this buffer's kernels run on {self.device}")
-        validate.is_whole_handle(handle, self.num_ranks)
-        return handle
+        return validate.is_own_handle(handle, self.group_ranks, self.rank, self.device)
 
     def fitting_tokens(self, max_tokens: Any, num_tokens: int) -> int:
         """``max_tokens``, after seeing that the call has no more."""

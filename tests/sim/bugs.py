@@ -55,25 +55,16 @@ FENCE_GLOBAL = "    device::fence_async_proxy_global();\n"
 SYNC_WARP = "    device::sync_warp();\n"
 # The words of a label in memory after the one that says that the token comes: nothing orders them, but the simulator's
 # stores are seen in the order of the program.
+LABEL_STEP = "  label_tokens(router, epoch, abreast, first, routed, selection.rank, position);\n}"
 LATE_LABELS = (
     (
         "phases/route.cuh",
-        "    EP_NO_UNROLL\n    for (int first = begin;",
-        "    Routed late;\n    int late_first = begin, late_rank = -1, late_position = 0;\n"
-        "    EP_NO_UNROLL\n    for (int first = begin;",
-    ),
-    (
-        "phases/route.cuh",
-        "      label_tokens(router, epoch, abreast, first, routed, selection.rank, position);\n",
-        "      label_tokens(router, epoch, abreast, late_first, late, late_rank, late_position);\n"
-        "      late = routed, late_first = first, late_rank = selection.rank, late_position = position;\n",
-    ),
-    (
-        "phases/route.cuh",
-        "    device::sync_warp();  // counts.slot is free again\n",
-        "    for (int i = 0; i < 50; ++i) device::sync_warp();\n"
-        "    label_tokens(router, epoch, abreast, late_first, late, late_rank, late_position);\n"
-        "    device::sync_warp();  // counts.slot is free again\n",
+        LABEL_STEP,
+        "  if (selection.speaks) {\n"
+        "    uint64_t* said = deep_ep::routed(router.window, selection.rank, router.window.rank, first + abreast.j);\n"
+        "    device::store_relaxed_sys(said, word(static_cast<uint32_t>(routed.slot), epoch));\n"
+        "  }\n"
+        f"  for (int i = 0; i < 50; ++i) device::sync_warp();\n{LABEL_STEP}",
     ),
 )
 
@@ -104,14 +95,21 @@ BUGS = (
         DEADLOCK,
     ),
     # Labels, of which nobody says that they have come.
-    Bug("label-of-any-epoch", "phases/land.cuh", "return static_cast<uint32_t>(seen >> 32) == landing.epoch;",
-        "return true;", "", race_detector=False, beside=LATE_LABELS),
-    Bug("label-not-awaited", "phases/land.cuh", "device::ballot(is_late) != 0 && is_late", "false && is_late", "",
-        race_detector=False, beside=LATE_LABELS),
-    Bug("weight-not-awaited", "phases/land.cuh", "!await(words, packed) || !await(words + 1, bits)",
-        "!await(words, packed)", "recv_topk_weights differs", race_detector=False, beside=LATE_LABELS),
-    Bug("label-over-the-scale-factors", "phases/copy_out.cuh", "stage.data + piece_bytes + landing_.record.tail_bytes",
-        "stage.data + piece_bytes", ""),
+    Bug("label-of-any-epoch", "phases/land.cuh", "static_cast<uint32_t>(seen >> 32) == landing.epoch ||", "true ||", "",
+        race_detector=False),
+    Bug("weight-not-awaited", "phases/land.cuh",
+        "resolve(landing, label_word(landing, seen.source, seen.token, k, 1), seen.weight, seen.source, weight)",
+        "(weight = static_cast<uint32_t>(seen.weight), true)", "recv_topk_weights differs", race_detector=False),
+    Bug("place-not-awaited", "phases/copy_out.cuh",
+        "!resolve(landing_, place_word(), place_, token_.source, packed)",
+        "(packed = static_cast<uint32_t>(place_), false)", "", combining=SUMS, race_detector=False, beside=LATE_LABELS),
+    Bug("places-over-the-scale-factors", "phases/copy_out.cuh", "stage.data + piece_bytes + landing_.record.tail_bytes",
+        "stage.data + piece_bytes", "", combining=SUMS),
+    Bug("land-the-next-row", "phases/land.cuh", "row_base[seen.source] + static_cast<int>(slot)",
+        "row_base[seen.source] + static_cast<int>(slot) + 1", "", race_detector=False),
+    # The last tokens of a combine, which are shared out.
+    Bug("part-of-the-next-token", "phases/reduce.cuh", "(job - whole) % parts * part_bytes", "0",
+        "combined_x differs", race_detector=False),
     # Rows that lie in place: what was written before the call is there, and stays until all have read it.
     Bug("offer-relaxed", "phases/in_place.cuh", "store_release_sys", "store_relaxed_sys", RACE, times=2,
         combining=IN_PLACE),
