@@ -109,7 +109,8 @@ BUGS = (
         "row_base[seen.source] + static_cast<int>(slot) + 1", "", race_detector=False),
     # The last tokens of a combine, which are shared out.
     Bug("part-of-the-next-token", "phases/reduce.cuh", "(job - whole) % parts * part_bytes", "0",
-        "combined_x differs", race_detector=False),
+        "combined_x differs", race_detector=False,
+        beside=(("phases/reduce.cuh", "record.row_bytes, kAtOnce.vectors * kStride)", "record.row_bytes, 16)"),)),
     # Rows that lie in place: what was written before the call is there, and stays until all have read it.
     Bug("offer-relaxed", "phases/in_place.cuh", "store_release_sys", "store_relaxed_sys", RACE, times=2,
         combining=IN_PLACE),
