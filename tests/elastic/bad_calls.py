@@ -12,7 +12,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from deep_ep import ElasticBuffer, EPHandle, EventOverlap
 from tests.elastic import cases, ranks
+from tests.elastic.bad_in_place import NUM_REGISTERED_BYTES, wrong_in_place
+from tests.elastic.mistakes import EXPERTS, HIDDEN, MOST, NUM_RANKS, TOKENS, TOPK, Mistake, Table
 
-NUM_RANKS, TOKENS, HIDDEN, TOPK, EXPERTS, MOST = 2, 6, 64, 3, 8, 32
 GOOD = cases.Case(
     seed=5,
     tokens=(TOKENS, 4),
@@ -36,76 +37,6 @@ GOOD = cases.Case(
     num_sms=2,
     spare_tokens=2,
 )
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong call, and what it must be told."""
-
-    call: Callable[[], Any]
-    change: str
-    kind: type[Exception]
-    text: str
-
-    def complaint(self) -> str | None:
-        """What is wrong with the answer; None if it is as it must be."""
-        try:
-            self.call()
-        except self.kind as error:
-            return None if self.text in str(error) else f"{self.change}: {self.text!r} is not in {str(error)!r}"
-        except Exception as error:
-            return f"{self.change}: {type(error).__name__} ({error}), not {self.kind.__name__}"
-        return f"{self.change}: was accepted"
-
-
-class Table:
-    """Good arguments, and calls that differ from them in one place."""
-
-    def __init__(self, buffer: ElasticBuffer, device: torch.device) -> None:
-        self.buffer, self.device = buffer, device
-        self.x = self.bf16(TOKENS, HIDDEN)
-        self.topk_idx = torch.tensor([[0, 1, 5], [2, -1, 7], [-1, -1, -1], [7, 6, 5], [3, 4, -1], [1, 0, 2]])
-        self.topk_idx = self.topk_idx.to(device)
-        self.weights = torch.rand(TOKENS, TOPK, device=device)
-        self.recv_x, _, self.recv_weights, self.handle, _ = self.dispatch()
-        self.rows = self.recv_x.shape[0]
-
-    def bf16(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
-
-    def dispatch(self, **changes: Any) -> Any:
-        good = {"x": self.x, "topk_idx": self.topk_idx, "topk_weights": self.weights, "num_experts": EXPERTS}
-        return self.buffer.dispatch(**{**good, **changes})
-
-    def combine(self, **changes: Any) -> Any:
-        good = {"x": self.recv_x, "handle": self.handle, "topk_weights": self.recv_weights}
-        return self.buffer.combine(**{**good, **changes})
-
-    def mistake(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
-        """A dispatch."""
-        return Mistake(functools.partial(self.dispatch, **changes), f"dispatch({brief(changes)})", kind, text)
-
-    def again(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
-        """A dispatch with a handle."""
-        return self.mistake(kind, text, **{"handle": self.handle, "topk_idx": None, **changes})
-
-    def combining(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
-        return Mistake(functools.partial(self.combine, **changes), f"combine({brief(changes)})", kind, text)
-
-    def building(self, kind: type[Exception], text: str, **changes: Any) -> Mistake:
-        good = {"group": self.buffer.group, "num_max_tokens_per_rank": MOST, "hidden": HIDDEN}
-        return Mistake(lambda: ElasticBuffer(**{**good, **changes}), f"ElasticBuffer({brief(changes)})", kind, text)
-
-
-def brief(changes: dict[str, Any]) -> str:
-    """The changed arguments in a few words."""
-
-    def show(value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"{list(value.shape)} {value.dtype} on {value.device}, strides {value.stride()}"
-        return repr(value)[:60]
-
-    return ", ".join(f"{name}={show(value)}" for name, value in changes.items())
 
 
 def wrong_x(t: Table) -> Iterator[Mistake]:
@@ -177,19 +108,31 @@ def wrong_sizes(t: Table) -> Iterator[Mistake]:
     """Numbers and events of a dispatch."""
     yield t.mistake(ValueError, "x has 6 tokens but num_max_tokens_per_rank is 5", num_max_tokens_per_rank=5)
     yield t.mistake(ValueError, "x has 33 tokens but num_max_tokens_per_rank is 32", **many(t, MOST + 1))
-    yield t.mistake(ValueError, "num_max_tokens_per_rank must be at least 1, but it is 0", num_max_tokens_per_rank=0)
+    yield t.mistake(
+        ValueError, "num_max_tokens_per_rank must be from 1 to 2097151, but it is 0", num_max_tokens_per_rank=0
+    )
     yield t.mistake(TypeError, "num_max_tokens_per_rank must be an int", num_max_tokens_per_rank="6")
     yield t.mistake(ValueError, "num_max_tokens_per_rank 1000000 with 128 bytes", num_max_tokens_per_rank=1_000_000)
     yield t.mistake(ValueError, "expert_alignment must be from 1 to 65536, but it is 0", expert_alignment=0)
     yield t.mistake(TypeError, "expert_alignment must be an int, but it is a float", expert_alignment=8.0)
     yield t.mistake(ValueError, "num_sms must be at least 0, but it is -1", num_sms=-1)
-    yield t.mistake(TypeError, "num_sms must be an int, but it is a str", num_sms="4")
+    for given in ("4", "", [], None):
+        text = f"num_sms must be an int, but it is a {type(given).__name__}"
+        for call in (t.mistake, t.again, t.combining):
+            yield call(TypeError, text, num_sms=given)
     for call in (t.mistake, t.again, t.combining):
         yield call(ValueError, "num_qps must be at least 0, but it is -1", num_qps=-1)
         yield call(TypeError, "num_qps must be an int, but it is a str", num_qps="a")
         for name in ("async_with_compute_stream", "allocate_on_comm_stream"):
             yield call(TypeError, f"{name} must be True or False, but it is 'x'", **{name: "x"})
-    for name in ("do_handle_copy", "do_cpu_sync", "do_expand", "do_zero_padding", "use_tma_aligned_col_major_sf"):
+    for name in (
+        "do_handle_copy",
+        "do_cpu_sync",
+        "do_expand",
+        "do_zero_padding",
+        "use_tma_aligned_col_major_sf",
+        "zero_copy",
+    ):
         yield t.mistake(TypeError, f"{name} must be True or False, but it is 2", **{name: 2})
         yield t.again(TypeError, f"{name} must be True or False, but it is 'yes'", **{name: "yes"})
     for name in ("use_comm_stream", "with_cpu_sync", "sequential"):
@@ -326,7 +269,9 @@ def wrong_buffers(t: Table) -> Iterator[Mistake]:
         yield t.building(kind, text, group=group)
         hint = functools.partial(ElasticBuffer.get_buffer_size_hint, group, MOST, HIDDEN)
         yield Mistake(hint, f"get_buffer_size_hint({group!r})", kind, text)
-    yield t.building(ValueError, "num_max_tokens_per_rank must be at least 1, but it is 0", num_max_tokens_per_rank=0)
+    yield t.building(
+        ValueError, "num_max_tokens_per_rank must be from 1 to 2097151, but it is 0", num_max_tokens_per_rank=0
+    )
     yield t.building(ValueError, "num_max_tokens_per_rank must be at least 0, but it is -1", num_max_tokens_per_rank=-1)
     yield t.building(ValueError, "hidden must be at least 1, but it is 0; or pass num_bytes", hidden=0)
     yield t.building(TypeError, "hidden must be an int, but it is a float", hidden=64.0)
@@ -345,6 +290,9 @@ def wrong_buffers(t: Table) -> Iterator[Mistake]:
     ):
         yield t.building(TypeError, f"{name} must be True or False, but it is 'no'", **{name: "no"})
     yield t.building(ValueError, "num_topk must be from 0 to 32, but it is 33", num_topk=33)
+    yield t.building(ValueError, "num_registered_bytes must be from 0 to", num_registered_bytes=-1)
+    yield t.building(ValueError, "num_registered_bytes must be from 0 to 17179869184", num_registered_bytes=1 << 35)
+    yield t.building(TypeError, "num_registered_bytes must be an int, but it is a float", num_registered_bytes=1e6)
     yield t.building(ValueError, "num_bytes must be a positive multiple of 2 MiB", num_bytes=(2 << 20) + 1)
     yield t.building(ValueError, "num_bytes must be at least", num_bytes=2 << 20)
     yield t.building(TypeError, "num_bytes must be an int, but it is a float", num_bytes=1e9)
@@ -358,6 +306,7 @@ def wrong_afterlife(t: Table, destroyed: ElasticBuffer) -> Iterator[Mistake]:
         "combine": lambda: destroyed.combine(t.recv_x, t.handle),
         "barrier": destroyed.barrier,
         "get_comm_stream": destroyed.get_comm_stream,
+        "registered_empty": lambda: destroyed.registered_empty([0]),
     }
     for name, call in calls.items():
         yield Mistake(call, f"{name} of a destroyed buffer", ValueError, text)
@@ -384,10 +333,11 @@ def main() -> int:
     every_rank_alone = [dist.new_group([rank]) for rank in range(group.size())]
     alone = every_rank_alone[group.rank()]
 
-    def build(ranks_of_it: dist.ProcessGroup, tokens: int = MOST) -> ElasticBuffer:
-        return ElasticBuffer(ranks_of_it, num_max_tokens_per_rank=tokens, hidden=HIDDEN)
+    def build(ranks_of_it: dist.ProcessGroup, tokens: int = MOST, **more: Any) -> ElasticBuffer:
+        return ElasticBuffer(ranks_of_it, num_max_tokens_per_rank=tokens, hidden=HIDDEN, **more)
 
-    buffer, of_one_rank, larger, destroyed = build(group), build(alone), build(group, 100_000), build(group)
+    buffer = build(group, num_registered_bytes=NUM_REGISTERED_BYTES)
+    of_one_rank, larger, destroyed = build(alone), build(group, 100_000), build(group)
     destroyed.destroy()
     destroyed.destroy()
     table = Table(buffer, device)
@@ -399,6 +349,7 @@ def main() -> int:
         *wrong_handles(table, of_one_rank, larger),
         *wrong_combines(table, of_one_rank, larger),
         *wrong_expanded_combines(table),
+        *wrong_in_place(table, larger),
         *wrong_buffers(table),
         *wrong_afterlife(table, destroyed),
     ]

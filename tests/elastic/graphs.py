@@ -64,6 +64,18 @@ def known_routes(job: Job) -> None:
     buffer.destroy()
 
 
+def rows_in_place(job: Job) -> None:
+    """The same registered tensors in each replay: written again as soon as the calls that were given them have ended,
+    while peers may still be in theirs. FP8 in both layouts, new and known routes."""
+    buffer = job.build(num_registered_bytes=16 << 20)
+    plain = record(job, buffer, job.wide(zero_copy=True, num_biases=1), seed=21)
+    quantised = record(job, buffer, job.shape(zero_copy=True, num_scales=4, again=True), seed=22)
+    expanded = record(job, buffer, job.shape(zero_copy=True, expanded=True, alignment=8), seed=23)
+    known = record(job, buffer, job.shape(zero_copy=True, cached=True), seed=24)
+    replay(job, plain, quantised, expanded, known)
+    buffer.destroy()
+
+
 def two_buffers_and_four_graphs(job: Job) -> None:
     """In an order that changes: epochs count on, whoever it is that counts."""
     first, second = job.build(), job.build()
@@ -206,6 +218,7 @@ SCENES: tuple[Callable[[Job], None], ...] = (
     many_tokens,
     expanded_rows_of_fp8,
     known_routes,
+    rows_in_place,
     two_buffers_and_four_graphs,
     calls_in_between,
     beside_the_compute_stream,

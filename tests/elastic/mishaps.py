@@ -24,9 +24,10 @@ import torch.distributed as dist
 
 from deep_ep import ElasticBuffer, EPError, EPTimeoutError
 from deep_ep.calls.dispatch import Outputs
-from tests.elastic import cases, ranks, ways
+from tests.elastic import cases, ranks, registered, ways
 
 LIMIT_SECONDS = 2.0
+REGISTERED_BYTES = 1 << 20
 ODD = 1  # the rank that does otherwise
 MOST_LINES = 8  # that a rank logs in one mishap, rebuilding included
 
@@ -45,6 +46,7 @@ class Job:
             "hidden": 1024,
             "num_gpu_timeout_secs": LIMIT_SECONDS,
             "num_cpu_timeout_secs": 20,
+            "num_registered_bytes": REGISTERED_BYTES,
         }
         return ElasticBuffer(group, **{**usual, **changes})
 
@@ -90,6 +92,15 @@ class Job:
     def dispatch(self, **changes: Any) -> Any:
         return ways.dispatch(self.buffer, self.device, **changes)
 
+    def dispatch_in_place(self, **changes: Any) -> Any:
+        return self.dispatch(x=self.in_place(ways.tokens(self.buffer, self.device)), zero_copy=True, **changes)
+
+    def in_place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same in registered memory."""
+        home = registered.like(self.buffer, tensor)
+        home.write(tensor)
+        return home.tensor
+
 
 class Log(logging.Handler):
     """What the library has logged."""
@@ -121,6 +132,7 @@ def ranks_that_build_differently(job: Job) -> None:
         ("num_max_tokens_per_rank", ways.MOST - 1, ways.MOST),
         ("num_bytes", 16 << 20, 8 << 20),
         ("allow_multiple_reduction", False, True),
+        ("num_registered_bytes", 0, REGISTERED_BYTES),
     ):
         changes = {"num_bytes": 8 << 20, name: odd if job.is_odd else usual}
         with pytest.raises(ValueError, match=f"^{name} must be .* is {usual} on rank 0 and {odd} on rank {ODD} of the"):
@@ -198,6 +210,44 @@ def a_rank_with_other_sizes(job: Job) -> None:
         assert job.is_odd or text.startswith(f"rank {peer} "), text
         assert seconds < LIMIT_SECONDS
         job.rebuild()
+
+
+def a_rank_that_sends_its_rows(job: Job) -> None:
+    """Its peers would read them in place; or it has registered them, and waits for counts where its peers do not."""
+    for odd, usual, theirs in (
+        (job.dispatch, job.dispatch_in_place, "rank 1 called dispatch (num_topk 2, topk_weights), rank"),
+        (job.dispatch_in_place, job.dispatch, "rank 1 called dispatch (num_topk 2, topk_weights, zero_copy"),
+        (job.dispatch_in_place, functools.partial(job.dispatch_in_place, do_cpu_sync=False), "zero_copy, do_cpu_sync)"),
+    ):
+        text, seconds = job.told(odd if job.is_odd else usual)
+        assert "zero_copy" in text, text
+        assert job.is_odd or theirs in text, text
+        assert seconds < LIMIT_SECONDS
+        job.rebuild()
+    recv_x, _, _, handle, _ = job.dispatch_in_place()
+    text, seconds = job.told(lambda: job.buffer.combine(job.in_place(recv_x), handle, zero_copy=not job.is_odd))
+    assert "combine (num_topk 2, zero_copy)" in text, text
+    assert seconds < LIMIT_SECONDS
+    job.rebuild()
+
+
+def a_rank_that_reads_no_rows(job: Job) -> None:
+    """It comes late, and its peers' calls do not end before; it does not come, and they are told."""
+    recv_x, _, _, handle, _ = job.dispatch_in_place()
+    dist.barrier(job.group)
+    start = time.monotonic()
+    if job.is_odd:
+        time.sleep(LIMIT_SECONDS / 4)
+    job.buffer.combine(job.in_place(recv_x), handle, zero_copy=True)
+    if job.device.type == "cuda":
+        torch.cuda.synchronize(job.device)
+    assert time.monotonic() - start > 0.9 * LIMIT_SECONDS / 4, (
+        "peers may still read what a call was given that has ended"
+    )
+    if not job.is_odd:
+        text, _ = job.told(lambda: job.dispatch_in_place(do_cpu_sync=False))
+        assert f" rank {ODD} " in text, text
+    job.rebuild()
 
 
 def a_rank_with_another_call(job: Job) -> None:
@@ -282,6 +332,8 @@ MISHAPS: tuple[Callable[[Job], None], ...] = (
     a_rank_that_comes_late,
     a_host_that_waits_less_than_its_kernels,
     a_rank_with_other_sizes,
+    a_rank_that_sends_its_rows,
+    a_rank_that_reads_no_rows,
     a_rank_with_another_call,
     a_rank_in_a_barrier,
     a_barrier_without_one_rank,

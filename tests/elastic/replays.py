@@ -28,6 +28,7 @@ class Shape:
         num_scales: scale factors of a row, which is FP8 then; 0 stands for bfloat16.
         cached: the routes are those of a dispatch before, and only what travels changes.
         again: another dispatch in the other layout follows by the first one's handle, as the backward pass has it.
+        zero_copy: what dispatches are given, and plain rows that are combined, lie in registered memory.
     """
 
     tokens: tuple[int, ...]
@@ -41,6 +42,7 @@ class Shape:
     multiple_reduction: bool = True
     cached: bool = False
     again: bool = False
+    zero_copy: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -218,6 +220,9 @@ class Trip:
         self._chance = random.Random(seed)  # all ranks draw alike
         self.due = self._draws[0]
         self.given = self.due.given.copied()
+        self._to_combine: tuple[torch.Tensor, torch.Tensor] | None = None
+        if shape.zero_copy:
+            self._register()
         self.stats = torch.zeros(shape.local_experts, dtype=torch.int32, device=device)
         self._expected_stats = self.stats.clone()
         self._known: EPHandle | None = None
@@ -225,6 +230,15 @@ class Trip:
             self._known = self._dispatch(
                 self.given, {"topk_idx": self.given.topk_idx, "num_experts": shape.num_experts}
             )[3]
+
+    def _register(self) -> None:
+        """Places in registered memory, where values change."""
+        payload = tuple(self.buffer.registered_empty(each.shape, each.dtype).copy_(each) for each in self.given.payload)
+        self.given = replace(self.given, payload=payload)
+        if not self.shape.expanded:
+            num_rows = len(self.shape.tokens) * self.shape.max_tokens
+            rows = self.buffer.registered_empty([num_rows, self.shape.hidden])
+            self._to_combine = rows, self.buffer.registered_empty([num_rows, self.shape.num_topk], torch.float32)
 
     def load(self) -> None:
         """Put other values into the tensors than they had, in stream order."""
@@ -258,15 +272,25 @@ class Trip:
         between()
         again = None
         if shape.again:
-            again = as_pair(self.buffer.dispatch(plain(given.payload), handle=handle, do_expand=not shape.expanded)[0])
+            how = {"do_expand": not shape.expanded, "zero_copy": shape.zero_copy}
+            again = as_pair(self.buffer.dispatch(plain(given.payload), handle=handle, **how)[0])
             handle.do_expand = shape.expanded
         self.buffer.allow_multiple_reduction = shape.multiple_reduction
         payload = as_pair(recv_x)
-        rows = processed(payload[0], self.rank + 1)
+        rows, weights = processed(payload[0], self.rank + 1), recv_weights
+        if self._to_combine is not None:
+            room, room_of_weights = self._to_combine
+            rows, weights = room[: len(rows)].copy_(rows), room_of_weights[: len(rows)].copy_(weights)
         before = {"previous_event": self.buffer.capture()} if by_event else {}
         bias = {0: None, 1: given.biases[:1], 2: given.biases}[shape.num_biases]
         combined, combined_weights, event = self.buffer.combine(
-            rows, handle, topk_weights=recv_weights, bias=bias, **timing, **before
+            rows,
+            handle,
+            topk_weights=weights,
+            bias=bias,
+            zero_copy=self._to_combine is not None,
+            **timing,
+            **before,
         )
         with event:
             pass  # leaving waits
@@ -283,6 +307,7 @@ class Trip:
             do_expand=shape.expanded,
             do_zero_padding=shape.expanded,
             use_tma_aligned_col_major_sf=shape.num_scales > 0,
+            zero_copy=shape.zero_copy,
             **arguments,
         )
 

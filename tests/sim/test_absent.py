@@ -16,10 +16,14 @@ NUM_RANKS, ABSENT, TOKENS, HIDDEN = 3, 1, 6, 64
 
 
 @pytest.mark.parametrize("roles", swarm.ROLES[:2], ids=["every block sends", "some blocks send"])
-@pytest.mark.parametrize("options", [combines.PLAIN, combines.Options(True), combines.Options(True, False)])
+@pytest.mark.parametrize(
+    "options",
+    [combines.PLAIN, combines.Options(True), combines.Options(True, False), combines.Options(zero_copy=True)],
+)
 def test_a_combine_without_one_rank(options: combines.Options, roles: swarm.RolesOfMachine) -> None:
     def program(group: Group) -> None:
-        buffer = Buffer(group, num_max_tokens_per_rank=TOKENS, hidden=HIDDEN, allow_multiple_reduction=False)
+        settings = {"num_max_tokens_per_rank": TOKENS, "hidden": HIDDEN, "num_registered_bytes": 1 << 20}
+        buffer = Buffer(group, **settings, allow_multiple_reduction=False)
         buffer.allow_multiple_reduction = options.multiple_reduction
         x = torch.ones(TOKENS, HIDDEN, dtype=torch.bfloat16)
         topk_idx = torch.arange(NUM_RANKS).expand(TOKENS, NUM_RANKS)  # an expert of each rank
@@ -29,7 +33,8 @@ def test_a_combine_without_one_rank(options: combines.Options, roles: swarm.Role
             return
         handle.do_expand = options.expanded
         rows = handle.num_expanded_tokens if options.expanded else handle.num_recv_tokens
-        buffer.combine(torch.ones(rows, HIDDEN, dtype=torch.bfloat16), handle)
+        y = buffer.registered_empty([rows, HIDDEN]).fill_(1)
+        buffer.combine(y, handle, zero_copy=options.zero_copy)
         with pytest.raises(EPTimeoutError, match=rf"in (reduce: for a partial result of|agree: for) rank {ABSENT} "):
             buffer.dispatch(x, topk_idx=topk_idx, num_experts=NUM_RANKS)
 

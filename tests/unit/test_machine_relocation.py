@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from deep_ep.machine.relocation import Pointer, merge, pack, pointer_fields, redirect, span_of
+from deep_ep.machine.relocation import Home, Pointer, merge, pack, pointer_fields, redirect, span_of
 
 
 class Peers(ctypes.Structure):
@@ -104,6 +104,30 @@ def test_an_empty_tensor_needs_no_memory() -> None:
     empty = torch.zeros(8, dtype=torch.int32)[4:4]
     request = pack("copy", Args(x=empty.data_ptr()), [empty], [], never_a_window)
     assert [region.data for region in request.regions] == [b""]
+
+
+def test_a_home_has_the_place_of_all_that_lies_in_it() -> None:
+    storage = torch.zeros(96, dtype=torch.uint8)
+    home, start = Home(storage[16:80], 0x7000), storage.data_ptr() + 16
+    assert home.of(start, start + 64) == 0x7000
+    assert home.of(start + 48, start + 64) == 0x7030
+    for outside in ((start - 1, start + 8), (start, start + 65), (start + 64, start + 68), (start - 16, start)):
+        assert home.of(*outside) is None
+    assert home.of(start + 8, start + 8) is None, "nothing lies nowhere"
+
+
+def test_what_has_a_home_goes_there() -> None:
+    """Where peers look for it; all else goes anywhere."""
+    memory, elsewhere = torch.arange(64, dtype=torch.uint8), torch.zeros(4)
+    homes = (Home(torch.zeros(64, dtype=torch.uint8), 0x100), Home(memory, 0x7000))
+    x, y = memory[16:32], memory[24:48]
+    request = pack("copy", Args(x=x.data_ptr(), y=y.data_ptr()), [x, elsewhere], [y], never_a_window, homes)
+    by_start = {region.start: region for region in request.regions}
+    both = by_start[x.data_ptr()]
+    assert (both.home, both.writable, len(both.data)) == (0x7010, True, 32)
+    assert by_start[elsewhere.data_ptr()].home is None
+    there = Args.from_buffer_copy(redirect(request, [region.home or 0x10000 for region in request.regions]))
+    assert (there.x, there.y) == (0x7010, 0x7018)
 
 
 def test_a_pointer_that_leads_nowhere_is_named() -> None:
