@@ -44,6 +44,8 @@ class Roles:
     receive: Crew
     send_cost: float
     """SM time of a byte that is sent, over that of a byte that is copied out in the plain layout."""
+    known_send_cost: float
+    """The same with a handle: receivers need not wait until places are known, and so have more time."""
     expanded_send_cost: float
     """The same where rows go to several places."""
     tokens_per_counter: int
@@ -54,15 +56,16 @@ class Roles:
         # A herald for each warp that sends; beside those that receive, at least one that lands what comes with rows.
         return 32 * max(2 * self.send.num_warps, self.receive.num_warps + 1)
 
-    def num_send_blocks(self, num_blocks: int, traffic: Traffic) -> int:
+    def num_send_blocks(self, num_blocks: int, traffic: Traffic, by_handle: bool) -> int:
         """Blocks are divided as the bytes that they write. At least one sends and one receives."""
-        sent = traffic.sent * (self.send_cost if traffic.places == 1.0 else self.expanded_send_cost)
+        plain_cost = self.known_send_cost if by_handle else self.send_cost
+        sent = traffic.sent * (plain_cost if traffic.places == 1.0 else self.expanded_send_cost)
         share = sent / (sent + (traffic.sent + traffic.kept) * traffic.places)
         return min(max(1, round(num_blocks * share)), num_blocks - 1)
 
-    def division(self, num_blocks: int, num_tokens: int, traffic: Traffic) -> Division:
+    def division(self, num_blocks: int, num_tokens: int, traffic: Traffic, by_handle: bool) -> Division:
         """A launch that does both halves."""
-        num_send_blocks = self.num_send_blocks(num_blocks, traffic)
+        num_send_blocks = self.num_send_blocks(num_blocks, traffic, by_handle)
         num_counters = max(1, -(-num_tokens // self.tokens_per_counter))
         return Division(num_send_blocks, max(num_send_blocks, num_blocks - num_counters))
 
@@ -73,7 +76,9 @@ class Roles:
 
     def halves(self, num_blocks: int, num_tokens: int, traffic: Traffic) -> list[Division]:
         """A launch that sends, those who count too, and one that receives."""
-        first = self.division(num_blocks, num_tokens, traffic).first_count_block if num_blocks > 1 else 0
+        first = (
+            self.division(num_blocks, num_tokens, traffic, by_handle=False).first_count_block if num_blocks > 1 else 0
+        )
         return [Division(num_blocks, first), Division(0, num_blocks)]
 
 
@@ -133,6 +138,7 @@ ROLES = {
             send=Crew(9, 3, 1),
             receive=Crew(9, 3, 1),
             send_cost=1.0,
+            known_send_cost=1.15,
             expanded_send_cost=1.6,
             tokens_per_counter=256,
         ),
@@ -145,6 +151,7 @@ ROLES = {
             send=Crew(1, 3, 2),
             receive=Crew(2, 2, 1),
             send_cost=1.25,
+            known_send_cost=1.25,
             expanded_send_cost=1.6,
             tokens_per_counter=8,
         ),

@@ -60,6 +60,8 @@ class Speeds:
     store: float = 55.0
     add: float = 85.0
     """Loads of expanded rows that are added before they travel: by threads, many rows at once."""
+    fetch: float = 33.0
+    """Loads of peers' rows that are added: by threads too, which wait for the link."""
 
     @staticmethod
     def of(nvlink_gbs: float | None, wire_gbs: float | None, memory_gbs: float | None) -> Speeds:
@@ -80,8 +82,14 @@ class Speeds:
         What is said of an SM is in proportion to what the interface takes for granted, of SMs as they were measured.
         """
         reads, writes = sm_read_gbs / NOMINAL_SM_READ_GBS, sm_write_gbs / NOMINAL_SM_WRITE_GBS
-        link, load, store, add = nvlink_gbs or self.link, self.load * reads, self.store * writes, self.add * reads
-        return replace(self, link=link, load=load, store=store, add=add)
+        return replace(
+            self,
+            link=nvlink_gbs or self.link,
+            load=self.load * reads,
+            store=self.store * writes,
+            add=self.add * reads,
+            fetch=self.fetch * reads,
+        )
 
 
 class Work(NamedTuple):
@@ -89,6 +97,7 @@ class Work(NamedTuple):
     none; then for each byte of its tokens."""
 
     loaded: float
+    fetched: float
     added: float
     stored: float
     memory: float
@@ -97,7 +106,8 @@ class Work(NamedTuple):
 
     def sm_seconds(self, speeds: Speeds) -> float:
         """Of one SM, for a GB on the link."""
-        return self.loaded / speeds.load + self.added / speeds.add + self.stored / speeds.store
+        loads = self.loaded / speeds.load + self.fetched / speeds.fetch + self.added / speeds.add
+        return loads + self.stored / speeds.store
 
 
 def work_of(kind: Kind, num_ranks: int, num_topk: int) -> Work:
@@ -110,7 +120,7 @@ def work_of(kind: Kind, num_ranks: int, num_topk: int) -> Work:
     each token's sum is stored. Of sums, all expanded rows are loaded before anything travels; only what has come is
     loaded after that.
 
-    In place nothing is sent: what has come is loaded from the peer instead.
+    In place nothing is sent: what has come is loaded, or fetched to be added, from the peer instead.
 
     With 2 ranks and 8 selections a dispatch loads 3 bytes and stores 3 (expanded 9), combine loads 3 (of sums 9, and 8
     of them are added) and stores 2.
@@ -121,12 +131,14 @@ def work_of(kind: Kind, num_ranks: int, num_topk: int) -> Work:
     unit, sent = (traffic.sent, 1) if num_ranks > 1 else (traffic.kept, 0)
     pushed = 0 if kind in IN_PLACE else sent
     received = (traffic.sent + traffic.kept) / unit
-    loaded, added, stored = pushed + received, 0.0, pushed + 1 / unit
+    loaded, fetched, added, stored = pushed + received, 0.0, 0.0, pushed + 1 / unit
     if kind in DISPATCHES:
         stored = pushed + received * traffic.places
     elif kind is Kind.COMBINE_OF_SUMS:
         loaded, added = sent, num_topk / unit
-    return Work(loaded, added, stored, memory=loaded + added + stored - pushed)
+    elif kind is Kind.COMBINE_IN_PLACE:
+        loaded, fetched = received - sent, sent
+    return Work(loaded, fetched, added, stored, memory=loaded + fetched + added + stored - pushed)
 
 
 def num_sms(kind: Kind, num_ranks: int, num_topk: int, speeds: Speeds) -> int:

@@ -94,8 +94,10 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
     kernel = dispatch_kernel(roles, PlacesFrom.HANDLE if shape.has_handle else PlacesFrom.SELECTIONS, shape.in_place)
     if shape.in_place:
         whole = [roles.division_in_place(num_blocks, shape.num_tokens)]
+    elif num_blocks > 1:
+        whole = [roles.division(num_blocks, shape.num_tokens, traffic, shape.has_handle)]
     else:
-        whole = [roles.division(num_blocks, shape.num_tokens, traffic)] if num_blocks > 1 else halves
+        whole = halves
     return DispatchPlan(
         launch=Launch(kernel, num_blocks, memory.shared_bytes),
         whole=whole,

@@ -32,7 +32,12 @@ from tests.sim.ranks import Buffer, Group, Ranks, Settings
 ROLES = (
     RolesOfMachine(
         dispatch=Roles(
-            send=Crew(1, 3, 2), receive=Crew(2, 2, 1), send_cost=1.3, expanded_send_cost=1.3, tokens_per_counter=8
+            send=Crew(1, 3, 2),
+            receive=Crew(2, 2, 1),
+            send_cost=1.3,
+            known_send_cost=1.3,
+            expanded_send_cost=1.3,
+            tokens_per_counter=8,
         ),
         combine=CombineRoles(send=Crew(1, 3, 2), num_warps=3, send_share=1.0, heralds=True),
         combine_sums=CombineRoles(send=Crew(1, 2, 1), num_warps=3, send_share=0.4, heralds=False),
@@ -40,7 +45,12 @@ ROLES = (
     ),
     RolesOfMachine(
         dispatch=Roles(
-            send=Crew(2, 2, 1), receive=Crew(1, 5, 3), send_cost=4.0, expanded_send_cost=4.0, tokens_per_counter=1000
+            send=Crew(2, 2, 1),
+            receive=Crew(1, 5, 3),
+            send_cost=4.0,
+            known_send_cost=4.0,
+            expanded_send_cost=4.0,
+            tokens_per_counter=1000,
         ),
         combine=CombineRoles(send=Crew(2, 4, 2), num_warps=5, send_share=0.5, heralds=False),
         combine_sums=CombineRoles(send=Crew(1, 4, 3), num_warps=3, send_share=1.0, heralds=True),
@@ -48,7 +58,12 @@ ROLES = (
     ),
     RolesOfMachine(
         dispatch=Roles(
-            send=Crew(3, 2, 1), receive=Crew(3, 3, 2), send_cost=0.7, expanded_send_cost=0.7, tokens_per_counter=1
+            send=Crew(3, 2, 1),
+            receive=Crew(3, 3, 2),
+            send_cost=0.7,
+            known_send_cost=0.7,
+            expanded_send_cost=0.7,
+            tokens_per_counter=1,
         ),
         combine=CombineRoles(send=Crew(3, 7, 6), num_warps=8, send_share=0.7, heralds=True),
         combine_sums=CombineRoles(send=Crew(3, 2, 1), num_warps=7, send_share=0.7, heralds=False),
@@ -56,7 +71,12 @@ ROLES = (
     ),
     RolesOfMachine(
         dispatch=Roles(
-            send=Crew(1, 9, 8), receive=Crew(1, 1, 0), send_cost=2.0, expanded_send_cost=2.0, tokens_per_counter=3
+            send=Crew(1, 9, 8),
+            receive=Crew(1, 1, 0),
+            send_cost=2.0,
+            known_send_cost=2.0,
+            expanded_send_cost=2.0,
+            tokens_per_counter=3,
         ),
         combine=CombineRoles(send=Crew(1, 2, 1), num_warps=4, send_share=0.2, heralds=False),
         combine_sums=CombineRoles(send=Crew(2, 3, 1), num_warps=5, send_share=0.2, heralds=True),

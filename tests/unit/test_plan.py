@@ -99,8 +99,9 @@ def test_every_team_has_blocks(
 ) -> None:
     """At least one sends, one receives and one counts, and in a whole launch those who count do not send."""
     traffic = plan.Traffic.of(num_ranks, num_topk, expand)
-    whole = roles.division(num_blocks, num_tokens, traffic)
-    assert 1 <= whole.num_send_blocks <= whole.first_count_block <= num_blocks - 1
+    known, whole = (roles.division(num_blocks, num_tokens, traffic, by_handle) for by_handle in (True, False))
+    for each in (known, whole):
+        assert 1 <= each.num_send_blocks <= each.first_count_block <= num_blocks - 1
     sending, receiving = roles.halves(num_blocks, num_tokens, traffic)
     assert sending == plan.Division(num_blocks, whole.first_count_block)
     assert receiving == plan.Division(0, num_blocks)
