@@ -70,7 +70,7 @@ def law(sweep: Sweep, sms: int) -> float:
     """What a call takes by fixed + max(work / n, link), where it was not measured.
 
     Fixed and work are those of the two fewest SMs. Where more of them were no faster the limit is the least time, and
-    where the last ones still were, the time goes on to fall until the link is the limit: from the last measured time on.
+    where the last ones still were, the time goes on to fall until the link is the limit: from the last one measured on.
     """
     (few, slow), (more, fast), *_ = sorted(sweep.times.items())
     work = (slow - fast) / (1 / few - 1 / more)
