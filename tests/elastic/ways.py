@@ -358,6 +358,11 @@ def what_the_guide_shows(group: dist.ProcessGroup, device: torch.device) -> None
     assert twice.shape == x.shape
     assert guide["gradient_of_combine"](buffer, x, handle).shape == y.shape
     buffer.destroy()
+    in_place, registered_x, room = guide["rooms_for_rows"](group, TOKENS, HIDDEN)
+    given = (registered_x.copy_(x), room, *given[2:])
+    read = guide["layer_without_copies"](in_place, *given, lambda recv_x, *others: others[-1].copy_(recv_x))
+    same(read, guide["moe_layer"](in_place, x, *given[2:], lambda recv_x, *_: recv_x))
+    in_place.destroy()
 
 
 def tokens(buffer: ElasticBuffer, device: torch.device) -> torch.Tensor:

@@ -61,6 +61,10 @@ def test_the_draw_covers_what_it_should() -> None:
     )
     assert {each.with_stats for each in options} == {each.with_weights for each in options} == {False, True}
     assert {each.packed for each in options} == {each.col_major_scales for each in options} == {False, True}
+    in_place = {(each.do_expand, each.num_scales > 0) for each in options if each.zero_copy}
+    assert in_place == set(itertools.product((False, True), repeat=2))
+    assert {case.exact_sizes for case in drawn if case.first.zero_copy} == {False, True}
+    assert any(each.zero_copy for case in drawn for each in case.again)
     assert any(max(case.tokens) == 0 for case in drawn)
     assert any(0 in case.tokens and max(case.tokens) > 1 for case in drawn)
     assert any(case.first.hidden == story.longest == swarm.LONG for story in stories for case in story.cases)
@@ -75,6 +79,9 @@ def test_the_draw_covers_what_it_should() -> None:
     expanded = [case.combining for story in racing for case in story.cases if case.combining.expanded]
     assert {options.multiple_reduction for options in expanded} == {False, True}
     assert any(story.longest == swarm.LONG for story in racing)
+    for some in (stories, racing):
+        assert {case.first.zero_copy for story in some for case in story.cases} == {False, True}
+        assert {case.combining.zero_copy for story in some for case in story.cases} == {False, True}
 
 
 @pytest.mark.parametrize("race", [False, pytest.param(True, marks=pytest.mark.race)])
