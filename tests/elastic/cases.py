@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import deep_ep
 from tests import oracle
-from tests.elastic import choices, combines, covering
+from tests.elastic import choices, combines, covering, registered
 from tests.elastic.combines import Combine
 from tests.elastic.dispatches import Dispatch, Options, check_handle
 
@@ -48,6 +48,11 @@ class Case:
     @property
     def exact_sizes(self) -> bool:
         return self.do_cpu_sync is not False
+
+    def sent(self) -> Case:
+        """The same where nothing can be read in place."""
+        first, *again = (replace(each, zero_copy=False) for each in (self.first, *self.again))
+        return replace(self, options=first, again=tuple(again), combining=replace(self.combining, zero_copy=False))
 
     @staticmethod
     def of(row: covering.Row, seed: int, num_ranks: int, largest: int, longest: int) -> Case:
@@ -118,11 +123,13 @@ class Trip:
     result of the dispatch, and both calls may be under way at once.
 
     Args:
-        case: the same on all ranks.
+        case: the same on all ranks; rows are sent if the buffer has no registered memory.
         buffer: of this rank; its calls may leave their results for later.
     """
 
     def __init__(self, case: Case, buffer: deep_ep.ElasticBuffer, device: torch.device) -> None:
+        if not registered.is_in(buffer):
+            case = case.sent()
         self.case, self.rank = case, buffer.rank_idx
         num_ranks, options = buffer.num_ranks, case.first
         shape = (options.hidden, options.num_scales, case.num_topk, case.num_experts)

@@ -50,6 +50,11 @@ class _Ring:
 _RINGS: weakref.WeakKeyDictionary[ElasticBuffer, _Ring] = weakref.WeakKeyDictionary()
 
 
+def is_in(buffer: ElasticBuffer) -> bool:
+    """Whether the buffer has any."""
+    return buffer._end().layout["registered"].num_bytes > 0
+
+
 def like(buffer: ElasticBuffer, tensor: torch.Tensor) -> Home:
     """A contiguous tensor of the same shape in the buffer's registered memory; another one in each call, until its
     memory is taken anew."""

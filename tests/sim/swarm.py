@@ -202,13 +202,14 @@ def tell(story: Story, world: World, toolchain: jit.Gxx) -> int:
 
 
 def registered_bytes(story: Story, most: int) -> int:
-    """For one call: the next one finds the memory in use, and must not write there too early.
+    """Twice what a call takes, so that its tensors lie apart wherever the ring begins again (elastic/registered.py);
+    the next calls find it in use, and must not write there too early.
 
     Args:
         most: tokens of a rank.
     """
     beside = 4 * max(MAX_TOPK, MOST_SCALES)  # bytes of a row's weights or scale factors
-    return story.num_ranks * most * (2 * story.longest + beside) + 2 * LINE
+    return 2 * (story.num_ranks * most * (2 * story.longest + beside) + 2 * LINE)
 
 
 def count_steps(story: Story) -> int:
