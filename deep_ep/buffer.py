@@ -102,11 +102,11 @@ class ElasticBuffer(Later):
         validate.is_count("sl_idx", sl_idx, 0, validate.MAX_SERVICE_LEVEL)
         num_allocated_qps = validate.is_count("num_allocated_qps", num_allocated_qps, 0)
         num_max_tokens_per_rank = validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
-        num_label_bytes = None
+        sized_by_topk = None
         if num_bytes is None:
             settings = validate.window_settings(num_max_tokens_per_rank, hidden, num_topk)
             num_bytes = layout.window_bytes(num_ranks, *settings, allow_multiple_reduction)
-            num_label_bytes = layout.labels_bytes(num_ranks, num_max_tokens_per_rank, num_topk or layout.MAX_TOPK)
+            sized_by_topk = settings[2]
         num_bytes = validate.is_count("num_bytes", num_bytes, layout.WINDOW_ALIGNMENT)
         most = registered.MOST_BYTES
         num_registered_bytes = validate.is_count("num_registered_bytes", num_registered_bytes, 0, most)
@@ -122,7 +122,7 @@ class ElasticBuffer(Later):
         cpu_timeout = validate.is_timeout("num_cpu_timeout_secs", num_cpu_timeout_secs)
         gpu_timeout = validate.is_timeout("num_gpu_timeout_secs", num_gpu_timeout_secs)
         settings_of_all = Settings(
-            num_bytes, num_max_tokens_per_rank, allow_multiple_reduction, num_label_bytes, num_registered_bytes
+            num_bytes, num_max_tokens_per_rank, allow_multiple_reduction, sized_by_topk, num_registered_bytes
         )
         self._endpoint = Endpoint(group, settings_of_all, cpu_timeout, gpu_timeout)
         # What operators of torch know a buffer by, and tracers can read (autograd.py).

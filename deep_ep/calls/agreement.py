@@ -22,8 +22,14 @@ class Settings:
     num_bytes: int
     num_max_tokens_per_rank: int
     allow_multiple_reduction: bool
-    num_label_bytes: int | None = None
+    num_topk: int | None = None  # if the window was sized by it
     num_registered_bytes: int = 0
+
+    def num_label_bytes(self, num_ranks: int) -> int | None:
+        """Of all labels that may come, if that is known."""
+        if self.num_topk is None:
+            return None
+        return layout.labels_bytes(num_ranks, self.num_max_tokens_per_rank, self.num_topk or layout.MAX_TOPK)
 
 
 @dataclass(frozen=True)

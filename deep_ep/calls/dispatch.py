@@ -185,10 +185,11 @@ def _check_payload(asked: AskedDispatch, device: torch.device) -> Payload:
 
 
 def _check_in_place(endpoint: Endpoint, payload: Payload) -> InPlace:
-    in_place = endpoint.registered.place(("x", payload.rows), ("sf", payload.scales))
+    name = "x" if payload.scales is None else "x[0]"
+    in_place = endpoint.registered.place((name, payload.rows), ("x[1]", payload.scales))
     if payload.num_scales % SCALES_COPIED:
         raise ValueError(
-            f"sf must have a multiple of {SCALES_COPIED} scale factors a token for zero_copy, but its shape is "
+            f"x[1] must have a multiple of {SCALES_COPIED} scale factors a token for zero_copy, but its shape is "
             f"[{payload.rows.shape[0]}, {payload.num_scales}]; pad it, or leave zero_copy out"
         )
     return in_place

@@ -68,7 +68,7 @@ class Endpoint:
         self.group_ranks = tuple(dist.get_process_group_ranks(group))
         self.topology = Topology(self.num_ranks, self.rank, self.num_ranks)
         require_one_domain(self.topology, layout.MAX_RANKS)
-        sizes = (settings.num_bytes, settings.num_label_bytes, settings.num_registered_bytes)
+        sizes = (settings.num_bytes, settings.num_label_bytes(self.num_ranks), settings.num_registered_bytes)
         self.layout = layout.window_layout(self.num_ranks, *sizes)
         self.owner = Owner()
         self._cpu_timeout = cpu_timeout
@@ -364,7 +364,7 @@ class Endpoint:
         if not self.layout.fits(max_tokens, record, rows_of_token, num_labels):
             what = f"{record.row_bytes} bytes a token"
             if num_labels:
-                what += f", {num_labels} selections"
+                what += f", num_topk {num_labels}"
             if rows_of_token:
                 what = f"{rows_of_token} rows of {record.row_bytes} bytes a token (allow_multiple_reduction is False)"
             raise ValueError(

@@ -56,11 +56,11 @@ def wrong_dispatches_in_place(t: Table, without: ElasticBuffer) -> Iterator[Mist
         yield in_place(ValueError, "x must be contiguous and start at a multiple of 16 bytes", x=wide[:, :HIDDEN])
         crooked = flat[4:].view(TOKENS, HIDDEN)
         yield in_place(ValueError, "x starts at an address", x=crooked)
-        yield in_place(ValueError, "sf must lie in this buffer's registered memory", x=(x8, torch.ones_like(sf)))
-        yield in_place(ValueError, "x must lie in this buffer's registered memory", x=(x8.clone(), sf))
-        yield in_place(ValueError, "sf must be contiguous and start at a multiple of 16", x=(x8, gaps[:, :4]))
+        yield in_place(ValueError, "x[1] must lie in this buffer's registered memory", x=(x8, torch.ones_like(sf)))
+        yield in_place(ValueError, "x[0] must lie in this buffer's registered memory", x=(x8.clone(), sf))
+        yield in_place(ValueError, "x[1] must be contiguous and start at a multiple of 16", x=(x8, gaps[:, :4]))
         columns = sf.view(4, TOKENS).t()
-        yield in_place(ValueError, "sf must be contiguous and start at a multiple of 16 bytes", x=(x8, columns))
+        yield in_place(ValueError, "x[1] must be contiguous and start at a multiple of 16 bytes", x=(x8, columns))
         three = sf.view(-1)[: 3 * TOKENS].view(TOKENS, 3)
         yield in_place(
             ValueError,

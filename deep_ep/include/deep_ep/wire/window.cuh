@@ -69,7 +69,7 @@ EP_DEVICE uint32_t* arrived(const Window& window, int at, int from, int slot) {
 }
 
 // The slot at rank `at` of a token of rank `from`, as a word (word.cuh): its number among those of that rank that come to
-// `at`, or -1. Who has acquired it has the token's label too, if there is one.
+// `at`, or -1.
 EP_DEVICE uint64_t* routed(const Window& window, int at, int from, int token) {
   return reinterpret_cast<uint64_t*>(window.base[at] + window.routed) + int64_t(from) * window.slots_per_source + token;
 }
