@@ -42,7 +42,8 @@ class ElasticBuffer(Later):
     """The memory and the kernels with which the ranks of a group exchange tokens.
 
     Building one is collective over ``group``, which may be a subgroup of the world. One buffer serves any hidden size,
-    number of selections and number of experts that fits into it.
+    number of selections and number of experts that fits into it (``num_max_tokens_per_rank`` times ``num_topk``
+    selections of a rank, if they size it).
 
     Args:
         group: nccl with GPUs, or gloo: then ranks are simulated, with the same calls, results and errors.
@@ -177,7 +178,9 @@ class ElasticBuffer(Later):
         buffer lives. What it holds is undefined. Talks to nobody.
 
         A tensor may be written again, by whatever follows in the stream's order, once a call that was given it has
-        ended (``event``, if it was asynchronous); peers have read it then. After destroy() it is an ordinary tensor.
+        ended (``event``, if it was asynchronous); peers have read it then. After destroy() it can still be read and
+        written; it holds all of the buffer's memory, which is unmapped with the last such tensor: not before the device
+        has done with it, and not inside a CUDA graph capture.
 
         Args:
             size: lengths of all dimensions.

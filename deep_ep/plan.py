@@ -74,6 +74,11 @@ class Roles:
         num_counters = max(1, -(-num_tokens // self.tokens_per_counter))
         return Division(0, max(0, num_blocks - num_counters))
 
+    def halves_in_place(self, num_blocks: int, num_tokens: int) -> list[Division]:
+        """A launch in which some count and nobody receives, and one that receives."""
+        first = self.division_in_place(num_blocks, num_tokens).first_count_block
+        return [Division(num_blocks, first), Division(0, num_blocks)]
+
     def halves(self, num_blocks: int, num_tokens: int, traffic: Traffic) -> list[Division]:
         """A launch that sends, those who count too, and one that receives."""
         first = (

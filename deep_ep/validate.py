@@ -160,10 +160,21 @@ def window_settings(num_max_tokens_per_rank: Any, hidden: Any, num_topk: Any) ->
     """The three that a window's size follows from."""
     advice = "or pass num_bytes"
     return (
-        is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, MAX_TOKENS - 1, advice=advice),
+        is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice),
         is_hidden(hidden, advice),
         is_count("num_topk", num_topk, 0, MAX_TOPK),
     )
+
+
+def fitting_tokens(max_tokens: Any, num_tokens: int) -> int:
+    """``max_tokens``, after seeing that the call has no more."""
+    most = is_count("num_max_tokens_per_rank", max_tokens, 1, advice="give it to the buffer or to the call")
+    is_count("num_max_tokens_per_rank", most, 1, MAX_TOKENS - 1, advice="split the call")
+    if num_tokens > most:
+        raise ValueError(
+            f"x has {num_tokens} tokens but num_max_tokens_per_rank is {most}; raise it on every rank or split the call"
+        )
+    return most
 
 
 def is_expert_count(value: Any, num_ranks: int) -> int:

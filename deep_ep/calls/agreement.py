@@ -64,6 +64,8 @@ def agree_to_build(
         values = [getattr(other.settings, field.name) for other in said]
         for rank, value in enumerate(values):
             if value != values[0]:
+                if field.name == "num_topk" and None in (value, values[0]):
+                    raise ValueError("num_bytes must be given on all ranks or on none: labels get other room with it")
                 raise ValueError(
                     f"{field.name} must be the same on all ranks, but it is {values[0]} on rank 0 and {value} on rank "
                     f"{rank} of the group; pass one value on all of them"

@@ -83,7 +83,7 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
     for added in biases:
         validate.carries_no_gradient("combine", bias=added)
     told = validate.is_count("num_sms", asked.num_sms, 0)
-    max_tokens = endpoint.fitting_tokens(handle.num_max_tokens_per_rank, num_tokens)
+    max_tokens = validate.fitting_tokens(handle.num_max_tokens_per_rank, num_tokens)
     shape = CombineShape(
         row_bytes=hidden * x.element_size(),
         num_topk=num_topk,

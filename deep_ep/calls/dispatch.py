@@ -112,7 +112,7 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         num_scales=payload.num_scales,
         num_topk=num_topk,
         num_experts=routing.num_experts,
-        max_tokens=endpoint.fitting_tokens(routing.max_tokens, num_tokens),
+        max_tokens=validate.fitting_tokens(routing.max_tokens, num_tokens),
         alignment=routing.alignment,
         num_sms=endpoint.num_sms(asked.num_sms, kind, num_topk),
         has_weights=weights is not None,

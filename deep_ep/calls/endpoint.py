@@ -229,6 +229,8 @@ class Endpoint:
         Args:
             together: all ranks are doing so, and all is well.
         """
+        with contextlib.suppress(AttributeError):  # it may not have come so far
+            self.registered.forget()
         try:
             self.machine.close(together=together)
         except Exception as error:
@@ -341,17 +343,6 @@ class Endpoint:
         """Raise unless a dispatch of this rank, in a group of the same ranks, made the handle."""
         return validate.is_own_handle(handle, self.group_ranks, self.rank, self.device)
 
-    def fitting_tokens(self, max_tokens: Any, num_tokens: int) -> int:
-        """``max_tokens``, after seeing that the call has no more."""
-        advice = "give it to the buffer or to the call"
-        most = validate.is_count("num_max_tokens_per_rank", max_tokens, 1, layout.MAX_TOKENS - 1, advice=advice)
-        if num_tokens > most:
-            raise ValueError(
-                f"x has {num_tokens} tokens but num_max_tokens_per_rank is {most}; raise it on every rank or split the "
-                "call"
-            )
-        return most
-
     def require_room(
         self, max_tokens: int, record: layout.Record, rows_of_token: int | None = None, num_labels: int = 0
     ) -> None:
@@ -361,15 +352,20 @@ class Endpoint:
             rows_of_token: if they come in a record each, whoever sends them; else a record a token of each source.
             num_labels: selections of a token that is dispatched.
         """
-        if not self.layout.fits(max_tokens, record, rows_of_token, num_labels):
+        if not self.layout.fits(max_tokens, record, rows_of_token):
             what = f"{record.row_bytes} bytes a token"
-            if num_labels:
-                what += f", num_topk {num_labels}"
             if rows_of_token:
                 what = f"{rows_of_token} rows of {record.row_bytes} bytes a token (allow_multiple_reduction is False)"
             raise ValueError(
                 f"num_max_tokens_per_rank {max_tokens} with {what} and {self.num_ranks} ranks does not fit into a "
                 f"buffer of {self.layout.num_bytes} bytes; ElasticBuffer.get_buffer_size_hint says how many it takes"
+            )
+        if not self.layout.fits(max_tokens, record, rows_of_token, num_labels):
+            labels = self.layout["labels"].num_bytes // (self.num_ranks * layout.LABEL_BYTES)
+            raise ValueError(
+                f"num_max_tokens_per_rank {max_tokens} with num_topk {num_labels} makes {max_tokens * num_labels} "
+                f"selections of a rank, but the buffer has room for {labels}; build it with a num_max_tokens_per_rank "
+                "and a num_topk that make as many"
             )
 
     def planned(self, make: Callable[[Endpoint, Shape], Plan], shape: Shape) -> Plan:

@@ -71,7 +71,6 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
     memory = plan.plan_dispatch(roles, record, shape.num_topk, shape.num_experts, num_ranks, limit)
     num_blocks, local_experts = endpoint.num_blocks(shape.num_sms), shape.num_experts // num_ranks
     traffic = plan.Traffic.of(num_ranks, shape.num_topk, shape.expand)
-    halves = roles.halves(num_blocks, shape.num_tokens, traffic)
     args = DispatchArgs(
         window=endpoint.window_argument,
         patience=endpoint.patience_argument,
@@ -92,7 +91,9 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
         tables_bytes=memory.tables_bytes,
     )
     kernel = dispatch_kernel(roles, PlacesFrom.HANDLE if shape.has_handle else PlacesFrom.SELECTIONS, shape.in_place)
+    halves = roles.halves(num_blocks, shape.num_tokens, traffic)
     if shape.in_place:
+        halves = roles.halves_in_place(num_blocks, shape.num_tokens)
         whole = [roles.division_in_place(num_blocks, shape.num_tokens)]
     elif num_blocks > 1:
         whole = [roles.division(num_blocks, shape.num_tokens, traffic, shape.has_handle)]

@@ -22,7 +22,12 @@ class Registered:
     def __init__(self, memory: torch.Tensor) -> None:
         """``memory``: [bytes] uint8."""
         self._memory = memory
+        self._base = memory.data_ptr()  # for peers it stays there, whatever torch does to a tensor
         self._used = 0
+
+    def forget(self) -> None:
+        """Let go of it, so that it can be given back once nobody holds a tensor of it."""
+        self._memory = self._memory.new_empty(0)
 
     def empty(self, size: Any, dtype: Any) -> torch.Tensor:
         """
@@ -62,7 +67,7 @@ class Registered:
     def _word(self, name: str, tensor: torch.Tensor) -> int:
         if not self._memory.numel():
             raise ValueError("zero_copy takes registered memory: build the buffer with num_registered_bytes")
-        offset = tensor.data_ptr() - self._memory.data_ptr()
+        offset = tensor.data_ptr() - self._base
         num_bytes = tensor.numel() * tensor.element_size()
         if num_bytes and not 0 <= offset <= self._memory.numel() - num_bytes:
             raise ValueError(
@@ -72,6 +77,6 @@ class Registered:
         if not tensor.is_contiguous() or (num_bytes and offset % COPIED_BYTES):
             raise ValueError(
                 f"{name} must be contiguous and start at a multiple of {COPIED_BYTES} bytes for zero_copy, but its "
-                f"strides are {tensor.stride()}"
+                f"strides are {tensor.stride()} for a shape of {list(tensor.shape)}, and it starts at byte {offset}"
             )
         return offset // WORD_BYTES if num_bytes else 0

@@ -21,7 +21,7 @@ PHASES = {
     3: "collect: for rank {peer} to say how many tokens it sends",
     4: "copy_out: for a token of rank {peer}",
     5: "reduce: for a partial result of rank {peer}",
-    6: "label: for rank {peer} to say which tokens come",
+    6: "label: for rank {peer} to say which tokens come, and where they go",
     7: "agree: for rank {peer} to make the same call",
     9: "find_rows: for rank {peer} to say where its rows lie",
     10: "await_readers: for rank {peer} to have read this rank's rows in place",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 import torch
 
 from deep_ep import layout
 from deep_ep.calls.registered import COPIED_BYTES, MOST_BYTES, WORD_BYTES, Registered
-from tests.unit.fake_machine import FakeMachine, build
+from tests.unit.fake_machine import FakeMachine, FakeMemory, build
 
 KIB = 1 << 10
 NO_WEIGHTS = ("topk_weights", None)
@@ -128,3 +131,16 @@ def test_a_buffer_hands_out_what_it_was_built_with(machine: FakeMachine) -> None
         buffer.registered_empty([1025], torch.uint8)
     assert f"{KIB:>14,}  registered " in buffer.memory_report()
     assert buffer.memory_report().endswith(f"{machine.window.num_bytes:>14,}  in all")
+
+
+def test_a_destroyed_buffer_keeps_no_memory(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever still holds the buffer, which on GPUs would hold all of its window."""
+    held = bytearray(KIB)
+    alone = sys.getrefcount(held)
+    monkeypatch.setattr(FakeMemory, "part", lambda *_: torch.frombuffer(held, dtype=torch.uint8))
+    buffer = build(num_registered_bytes=KIB)
+    assert sys.getrefcount(held) > alone
+    buffer.destroy()
+    monkeypatch.undo()
+    gc.collect()
+    assert sys.getrefcount(held) == alone

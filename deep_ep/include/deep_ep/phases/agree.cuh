@@ -2,7 +2,7 @@
 // Ranks that call different things, or the same with other sizes, must be told so, and not wait for each other forever.
 //
 // reads         what every source says that it calls
-// writes        what this rank calls, at all ranks; a fault where one differs
+// writes        what this rank calls, at all ranks; a fault where one differs; each source's number of tokens
 // waits for     the words of all sources
 // leaves behind the certainty that all ranks make one call, or false
 //

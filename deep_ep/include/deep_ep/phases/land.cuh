@@ -50,7 +50,7 @@ struct Landing {
   const device::Patience& patience;
 };
 
-// Label word `which` of lane k's selection, at a first look or after waiting for it.
+// Where label word `which` of selection k lies.
 EP_DEVICE const uint64_t* label_word(const Landing& landing, int source, int token, int k, int which) {
   const Routing& routing = landing.routing;
   return label(landing.window, landing.window.rank, source, token, k, routing.max_tokens, routing.num_topk) + which;
@@ -72,7 +72,8 @@ EP_DEVICE int find_row(const Landing& landing, int source, int row, int k, Place
   int expanded = -1;
   if (out.known_metadata != nullptr) {
     expanded = out.known_metadata[int64_t(row) * (routing.num_topk + 2) + 2 + k];
-  } else if (place.expert >= 0 && routing.rank_of(place.expert) == landing.window.rank) {
+  } else if (place.expert >= 0 && place.position != Place::kLost &&
+             routing.rank_of(place.expert) == landing.window.rank) {
     const int local = place.expert - landing.window.rank * routing.experts_per_rank;
     expanded = landing.tables.expert_row[source * routing.experts_per_rank + local] + place.position;
   }

@@ -37,6 +37,10 @@ EP_DEVICE void retire(const Window& window, uint32_t epoch, const device::Patien
   }
   if constexpr (kInPlace) await_readers(window, epoch, patience);
   const uint32_t gave_up = device::load_relaxed_gpu(&own.gave_up);
+  // Whoever comes too late must not end well with rows that are something else by then: it waits for this mark in vain.
+  if (kInPlace && gave_up != 0 && lane < window.num_ranks && lane != window.rank) {
+    device::store_release_sys(&control(window, lane).drained[window.rank], epoch - 1);
+  }
   if (lane == 0) {
     device::store_relaxed_gpu(&own.broken, gave_up);
     device::store_relaxed_gpu(&own.blocks_done, 0u);

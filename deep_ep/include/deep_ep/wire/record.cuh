@@ -7,6 +7,7 @@
 //   combine tail    weights [K]
 //   label           place and weight of each selection, as words (word.cuh)
 
+#include <deep_ep/device/device.cuh>
 #include <deep_ep/limits.cuh>
 
 namespace deep_ep {
@@ -21,10 +22,12 @@ struct Place {
   int expert, position;
 
   static constexpr uint32_t kNone = ~0u;
+  static constexpr int kLost = kMaxTokens - 1;  // a position behind all that are told: some tokens name an expert twice
   static_assert(int64_t(kMaxExperts) * kMaxTokens <= int64_t(1) << 32);
 
   EP_DEVICE uint32_t packed() const {
-    return expert < 0 ? kNone : static_cast<uint32_t>(expert) * kMaxTokens + static_cast<uint32_t>(position);
+    const int told = position < kLost ? position : kLost;
+    return expert < 0 ? kNone : static_cast<uint32_t>(expert) * kMaxTokens + static_cast<uint32_t>(told);
   }
   EP_DEVICE static Place unpack(uint32_t packed) {
     if (packed == kNone) return {-1, -1};
