@@ -75,3 +75,17 @@ def test_what_takes_too_long_is_stopped(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert table(done.stdout) == {"mishaps": "TIMED OUT", "bench": "no time"}
     assert 500_000 < (tmp_path / "out" / "gpu_host.log").stat().st_size < 700_000
+
+
+@pytest.mark.parametrize(
+    ("where", "verdict"),
+    [
+        ("at deep_ep_dispatch+0x1230", "FAILED (1)"),
+        ("at deep_ep::collect(const deep_ep::Window &)+0x40 in collect.cuh:33", "FAILED (1)"),
+        ("at void at::native::vectorized_gather_kernel<(int)16, long>(char *)+0x2f0", "passed"),
+    ],
+)
+def test_initcheck_fails_for_our_kernels_alone(tmp_path: Path, where: str, verdict: str) -> None:
+    report = f"========= Uninitialized __global__ memory read of size 4 bytes\n=========     {where}\n"
+    done = run(tmp_path, "initcheck", program=f"printf '{report}'")
+    assert table(done.stdout) == {"initcheck": verdict}, done.stdout
