@@ -138,8 +138,8 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     if (warp < C.num_receive_warps) {
       using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
       const ReceiveRing ring = ReceiveRing::at(rings, warp, C.num_receive_warps, a.receive_stage_bytes);
-      copy_out<C.in_place>(ring, landing, epoch, a.receive_piece_bytes, receivers.own() * C.num_receive_warps + warp,
-                           receivers.count * C.num_receive_warps, a.patience);
+      copy_out<C.in_place>(ring, landing, a.receive_piece_bytes, receivers.own() * C.num_receive_warps + warp,
+                           receivers.count * C.num_receive_warps);
     } else {
       const int num_landing = device::num_threads() / 32 - C.num_receive_warps;
       land(landing, receivers.own() * num_landing + warp - C.num_receive_warps, receivers.count * num_landing);

@@ -121,12 +121,11 @@ class Loader {
 };
 
 template <bool kInPlace, class Ring>
-EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, uint32_t epoch, int piece_bytes, int warp,
-                        int num_warps, const device::Patience& patience) {
+EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, int piece_bytes, int warp, int num_warps) {
   const Received& out = landing.out;
   constexpr From kPeers = kInPlace ? From::kPeersInPlace : From::kPeers;
-  Arrivals peers(landing.window, epoch, landing.tables, patience, kPeers, warp, num_warps);
-  Arrivals own(landing.window, epoch, landing.tables, patience, From::kSelf, warp, num_warps);
+  Arrivals peers(landing.window, landing.epoch, landing.tables, landing.patience, kPeers, warp, num_warps);
+  Arrivals own(landing.window, landing.epoch, landing.tables, landing.patience, From::kSelf, warp, num_warps);
   Loader<kInPlace> loader(landing, piece_bytes);
   bool own_first = false;
 
