@@ -19,8 +19,8 @@ struct BarrierArgs {
 
 template <BarrierConfig C>
 EP_DEVICE void barrier(const BarrierArgs& a) {
-  if (is_broken(a.window)) return;
-  const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
+  const auto [epoch, is_void] = begin_operation(a.window);
+  if (is_void) return;
   const Plan plan{.what = kBarrier};
   propose(a.window, epoch, plan);
   const bool all_came = agree(a.window, epoch, plan, a.patience);

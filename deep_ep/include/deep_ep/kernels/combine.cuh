@@ -60,8 +60,8 @@ EP_DEVICE void combine(const CombineArgs& a) {
   constexpr bool kInPlace = C.returned == Return::kInPlace;
   static_assert(C.num_heralds == 0 || C.num_heralds == C.num_send_warps);
   static_assert(C.num_send_warps + C.num_heralds < C.num_warps, "where every block sends, some of its other warps add");
-  if (is_broken(a.window)) return;
-  const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
+  const auto [epoch, is_void] = begin_operation(a.window);
+  if (is_void) return;
   const Plan plan = plan_of(kCombine, a.plan_flags, a.routing, a.results.record, *a.routes);
   const int warp = device::warp_idx();
   const bool sender = sends(a.num_send_blocks);

@@ -32,8 +32,8 @@
 
 namespace deep_ep {
 
-// Finds the slots and positions of this rank's tokens and tells all ranks: the counts as soon as they are known; labels,
-// which lie where this call's sizes say, once all ranks agree on those. By all warps of a counting block but the last.
+// Finds the slots and positions of this rank's tokens and tells all ranks, once it may: counts, then labels, which lie
+// where this call's sizes say. By all warps of a counting block but the last.
 template <PlacesFrom kFrom>
 EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, const Tables& tables) {
   const int warp = device::warp_idx();
@@ -52,26 +52,25 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
       sync_counting();
       look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
     }
-    sync_counting();
-  }
-  const bool all_came = tables.is(Ok::kCounts);  // nobody takes it back any more
-  if (all_came && kFrom == PlacesFrom::kSelections) {
-    publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
   }
   const Router router{a.window, a.routing, a.weights, a.slots, counts, tables, warp};
   const Abreast abreast(a.routing.num_topk);
   const RoutedSteps first = load_routed<kFrom>(router, abreast, share.begin, min_of(share.begin + 32, share.end));
   hear_answer();
-  if (all_came && tables.is(Ok::kAgrees)) route<kFrom>(router, epoch, share, abreast, first);
+  if (tables.is(Ok::kCounts) && tables.is(Ok::kAgrees)) {  // nobody takes them back any more
+    if (kFrom == PlacesFrom::kSelections) publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
+    route<kFrom>(router, epoch, share, abreast, first);
+  }
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
 }
 
-// What the last warp does meanwhile, and in a block that only receives: it asks whether all ranks agree, and learns where
-// everything that comes will stand.
+// What the last warp does meanwhile, and in a block that only receives: it asks whether all ranks agree, and whether those
+// who count may tell; and it learns where everything that comes will stand.
 template <DispatchConfig C>
 EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool counts, bool learns,
                    const Tables& tables) {
-  const bool all_agree = agree(a.window, epoch, plan, a.patience, tables.tokens_of);
+  const bool admitted = !counts || admit_warp(a.window, epoch, a.patience);
+  const bool all_agree = agree(a.window, epoch, plan, a.patience, tables.tokens_of) && admitted;
   if (!all_agree) tables.take_back(Ok::kAgrees);
   if (counts) give_answer();
   if (!learns || !all_agree) return;
@@ -89,9 +88,9 @@ EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool
 
 template <DispatchConfig C>
 EP_DEVICE void dispatch(const DispatchArgs& a) {
-  if (is_broken(a.window)) return;
+  const auto [epoch, is_void] = begin_operation(a.window);
+  if (is_void) return;
   constexpr bool kRecalls = C.places_from == PlacesFrom::kHandle;
-  const uint32_t epoch = device::load_relaxed_gpu(&control(a.window, a.window.rank).epoch) + 1;
   const Tables tables = Tables::at(device::shared_memory<int>(), a.routing.num_experts);
   const Blocks counters = blocks_from(a.first_count_block), receivers = blocks_from(a.num_send_blocks);
   const bool sender = sends(a.num_send_blocks), receiver = !sender, counts = counters.has_own();
@@ -109,8 +108,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     propose(a.window, epoch, plan);
     if (C.in_place && warp == 0) offer(a.window, epoch, a.in_place, 0);
   }
-  if (sender || counts) admit(a.window, epoch, a.patience, tables);
-  if (counts) device::sync_block();
+  if (sender && !counts) admit(a.window, epoch, a.patience, tables);
   if ((counts || receiver) && asks_others()) {
     ask<C>(a, epoch, plan, counts, receiver || reports, tables);
   } else if (counts) {

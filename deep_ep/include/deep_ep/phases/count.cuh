@@ -26,10 +26,29 @@ struct WarpCounts {
   EP_DEVICE int& slot(int warp, int rank, int token) const { return ranks(warp)[kMaxRanks + rank * 32 + token]; }
 };
 
-// Counts a number (-1: none) of every lane in. Returns how many were equal to this lane's: those that had been counted
-// before, and those of the lanes below. Collective over the warp, whose counts they are.
-EP_DEVICE int count_in(int* counts, int number) {
-  const uint32_t same = device::match_any(number);
+// How many bits the numbers below `end` have.
+EP_DEVICE int num_bits_below(int end) { return end > 1 ? highest_bit(end - 1) + 1 : 0; }
+
+// The lanes that passed the same number as this one, of `num_bits` bits or -1. match_any would look at one value after
+// the other, and most are different; this looks at one bit after the other.
+EP_DEVICE uint32_t lanes_with(int number, int num_bits) {
+  const uint32_t given = device::ballot(number >= 0);
+  uint32_t same = number >= 0 ? given : ~given;
+  EP_NO_UNROLL
+  for (int first = 0; first < num_bits; first += 4) {
+    for (int bit = first; bit < first + 4; ++bit) {  // those above are 0
+      const bool is_set = number >> bit & 1;
+      const uint32_t set = device::ballot(is_set);
+      same &= is_set ? set : ~set;
+    }
+  }
+  return same;
+}
+
+// Counts a number of `num_bits` bits (or -1: none) of every lane in. Returns how many were equal to this lane's: those
+// that had been counted before, and those of the lanes below. Collective over the warp, whose counts they are.
+EP_DEVICE int count_in(int* counts, int number, int num_bits) {
+  const uint32_t same = lanes_with(number, num_bits);
   const int before = number >= 0 ? counts[number] : 0;
   device::sync_warp();
   if (number >= 0 && same >> device::lane_idx() == 1) counts[number] = before + device::popcount(same);
@@ -60,8 +79,8 @@ EP_DEVICE void count_share(const Routing& routing, int warp, Range share, const 
       const int64_t entry = abreast.entry(first, share.end);
       if (kept_idx != nullptr && entry >= 0) routing.copy(entry, kept_idx);
       const Selection selection = abreast.select(routing, experts[step]);
-      count_in(counts.experts(warp), experts[step]);
-      count_in(counts.ranks(warp), selection.speaks ? selection.rank : -1);
+      if (experts[step] >= 0) device::fetch_add_shared(counts.experts(warp) + experts[step], 1);
+      if (selection.speaks) device::fetch_add_shared(counts.ranks(warp) + selection.rank, 1);
     }
   }
 }

@@ -45,10 +45,18 @@ struct Window {
 
 EP_DEVICE Control& control(const Window& window, int at) { return *reinterpret_cast<Control*>(window.base[at]); }
 
-// What a rank's failed operation has left, places of tokens for one, is anything. Calls may be queued behind it, or be
-// replayed in a graph, before any host knows: they do nothing. The same for all threads of an operation.
-EP_DEVICE bool is_broken(const Window& window) {
-  return device::load_relaxed_gpu(&control(window, window.rank).broken) != 0;
+// An operation that begins. What a rank's failed one has left, places of tokens for one, is anything; calls may be queued
+// behind it, or be replayed in a graph, before any host knows: they do nothing.
+struct Operation {
+  uint32_t epoch;
+  bool is_void;
+};
+
+// The same for all threads of an operation.
+EP_DEVICE Operation begin_operation(const Window& window) {
+  const Control& own = control(window, window.rank);
+  const uint32_t epoch = device::load_relaxed_gpu(&own.epoch) + 1, broken = device::load_relaxed_gpu(&own.broken);
+  return {epoch, broken != 0};  // both are asked for at once
 }
 
 // What block `block` of this rank counted.
