@@ -30,20 +30,22 @@ def test_is_noticed(bug: bugs.Bug) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "combining", "num_sms"),
-    dict.fromkeys((bug.num_tokens, bug.combining, bug.num_sms) for bug in bugs.BUGS),
+    ("num_tokens", "combining", "num_sms", "in_halves"),
+    dict.fromkeys((bug.num_tokens, bug.combining, bug.num_sms, bug.in_halves) for bug in bugs.BUGS),
 )
 def test_nothing_is_noticed_where_nothing_is_planted(
-    tmp_path: Path, num_tokens: int, combining: combines.Options, num_sms: int
+    tmp_path: Path, num_tokens: int, combining: combines.Options, num_sms: int, in_halves: bool
 ) -> None:
     toolchain = planted.patched_toolchain(tmp_path, None)
-    assert planted.find_error(toolchain, num_tokens, combining, num_sms, NUM_CONTROLS) == (NUM_CONTROLS, "")
+    found = planted.find_error(toolchain, num_tokens, combining, num_sms, in_halves, NUM_CONTROLS)
+    assert found == (NUM_CONTROLS, "")
 
 
 @pytest.mark.parametrize("bug", [bug for bug in bugs.BUGS if bug.beside], ids=lambda bug: bug.name)
 def test_what_makes_a_bug_show_is_none(tmp_path: Path, bug: bugs.Bug) -> None:
     toolchain = planted.patched_toolchain(tmp_path, replace(bug, new=bug.old))
-    assert planted.find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, NUM_CONTROLS) == (NUM_CONTROLS, "")
+    found = planted.find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, bug.in_halves, NUM_CONTROLS)
+    assert found == (NUM_CONTROLS, "")
 
 
 @pytest.mark.parametrize("race", [False, True])
