@@ -57,6 +57,22 @@ def test_labels_may_come_late(tmp_path: Path, race: bool) -> None:
         swarm.run_seed(seed, race, toolchain)
 
 
+@pytest.mark.parametrize("in_halves", [False, True])
+def test_halves_run_beside_each_other(tmp_path: Path, in_halves: bool) -> None:
+    """Senders that wait for the receivers to be there go on, in one launch or in two."""
+    before = "  if constexpr (!C.in_place) {\n    if (sender"
+    wait = (
+        "  uint32_t* here = &control(a.window, a.window.rank).reserved[0];\n"
+        "  if (receiver && device::thread_idx() == 0) device::store_relaxed_gpu(here, epoch);\n"
+        "  if (sender) device::wait_until_equals(a.patience, {.phase = phase::kAgree, .peer = 0, .expected = epoch},\n"
+        "                                        [&] { return device::load_relaxed_gpu(here); });\n"
+    )
+    waiting = bugs.Bug("none", "kernels/dispatch.cuh", before, wait + before, "", race_detector=False)
+    toolchain = planted.patched_toolchain(tmp_path, waiting)
+    found = planted.find_error(toolchain, 3, in_halves=in_halves, num_seeds=NUM_CONTROLS)
+    assert found == (NUM_CONTROLS, "")
+
+
 def test_every_phase_has_a_bug() -> None:
     """A new header of a phase comes with a bug that only its own lines prevent."""
     phases = {f"phases/{path.name}" for path in (INCLUDE_DIR / "deep_ep" / "phases").glob("*.cuh")}
