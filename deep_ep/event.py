@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -121,6 +121,39 @@ class CallEnd:
             event = self._own
         self.stream, self.event = stream, event
         return event
+
+
+class SideStream:
+    """A second stream, for a launch that runs beside others of its call. Made when it is first used.
+
+    Args:
+        comm_stream: the machine's, or None on simulated ranks (then nothing here does anything).
+    """
+
+    def __init__(self, comm_stream: torch.cuda.Stream | None) -> None:
+        self._comm_stream = comm_stream
+        self._stream: torch.cuda.Stream | None = None
+        self._event: torch.cuda.Event | None = None  # recorded again and again, as a call's end
+
+    @contextmanager
+    def beside(self, stream: torch.cuda.Stream | None) -> Iterator[torch.cuda.Stream | None]:
+        """The context of launches on the side stream. They come after what was queued on ``stream``, the call's own,
+        before it, and before what is queued there behind it, however it ends. So whoever frees or writes their tensors
+        need not know of the side stream."""
+        if self._comm_stream is None or stream is None:
+            yield None
+            return
+        if self._stream is None or self._event is None:
+            self._stream = torch.cuda.Stream(self._comm_stream.device, priority=self._comm_stream.priority)  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(stream)
+        self._stream.wait_event(self._event)
+        try:
+            yield self._stream
+        finally:
+            # Not earlier: where streams share a queue of the device, what is launched behind this waits, too.
+            self._event.record(self._stream)
+            stream.wait_event(self._event)
 
 
 class LastCall:

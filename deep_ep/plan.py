@@ -30,10 +30,28 @@ class Crew:
 class Division:
     """Who does what in one launch of a dispatch."""
 
+    num_blocks: int
     num_send_blocks: int
-    """The others receive."""
+    """The first ones."""
+    num_receive_blocks: int
+    """Those behind them."""
     first_count_block: int
     """It and all behind it count before they do anything else."""
+
+    @property
+    def halves(self) -> tuple[Division, Division]:
+        """The same in two launches that may run beside each other: one that sends, and counts in blocks that then
+        leave, and one that receives."""
+        num_senders, num_receivers = self.num_send_blocks, self.num_receive_blocks
+        num_counters = self.num_blocks - self.first_count_block
+        return (
+            Division(num_senders + num_counters, num_senders, 0, num_senders),
+            Division(num_receivers, 0, num_receivers, num_receivers),
+        )
+
+
+ONE_BLOCK_HALVES = Division(1, 1, 0, 0), Division(1, 0, 1, 1)
+"""One after the other: the block counts, and sends; then it receives."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +85,14 @@ class Roles:
         """A launch that does both halves."""
         num_send_blocks = self.num_send_blocks(num_blocks, traffic, by_handle)
         num_counters = max(1, -(-num_tokens // self.tokens_per_counter))
-        return Division(num_send_blocks, max(num_send_blocks, num_blocks - num_counters))
+        return Division(
+            num_blocks, num_send_blocks, num_blocks - num_send_blocks, max(num_send_blocks, num_blocks - num_counters)
+        )
 
     def division_in_place(self, num_blocks: int, num_tokens: int) -> Division:
         """A launch of both halves in which nobody sends."""
         num_counters = max(1, -(-num_tokens // self.tokens_per_counter))
-        return Division(0, max(0, num_blocks - num_counters))
-
-    def halves_in_place(self, num_blocks: int, num_tokens: int) -> list[Division]:
-        """A launch in which some count and nobody receives, and one that receives."""
-        first = self.division_in_place(num_blocks, num_tokens).first_count_block
-        return [Division(num_blocks, first), Division(0, num_blocks)]
-
-    def halves(self, num_blocks: int, num_tokens: int, traffic: Traffic) -> list[Division]:
-        """A launch that sends, those who count too, and one that receives."""
-        first = (
-            self.division(num_blocks, num_tokens, traffic, by_handle=False).first_count_block if num_blocks > 1 else 0
-        )
-        return [Division(num_blocks, first), Division(0, num_blocks)]
+        return Division(num_blocks, 0, num_blocks, max(0, num_blocks - num_counters))
 
 
 @dataclass(frozen=True)

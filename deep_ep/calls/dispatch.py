@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deep_ep import layout, plan, validate
+from deep_ep import layout, validate
 from deep_ep.calls.endpoint import Endpoint, Tensors
 from deep_ep.calls.payload import Payload
-from deep_ep.calls.plans import DispatchPlan, DispatchShape, plan_dispatch
-from deep_ep.calls.received import Outputs, Routes, Sizes
-from deep_ep.event import CallOrder, EventOverlap, Kept, Timing
+from deep_ep.calls.plans import DispatchPlan, DispatchShape, Part, plan_dispatch
+from deep_ep.calls.received import Outputs, RouteCounts, Sizes
+from deep_ep.event import NOTHING, CallOrder, EventOverlap, Kept, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import InPlace, pointer
 from deep_ep.ops.dispatch import COPIED, WORD_BYTES, DispatchArgs, Scales
@@ -240,19 +240,22 @@ class Call:
         outputs.tell(self.args.received, sizes)
         return outputs
 
-    def launch(self, divisions: list[plan.Division], reads: Tensors, writes: Tensors) -> None:
-        """Launch once for each division. ``reads``, ``writes``: beside those of every launch."""
-        payload = self.request.payload
-        for division in divisions:
-            self.args.num_send_blocks = division.num_send_blocks
-            self.args.first_count_block = division.first_count_block
+    def launch(self, parts: list[Part], reads: Tensors, writes: Tensors, stream: Any = None) -> None:
+        """Launch all parts, on the call's stream or on another. ``reads``, ``writes``: beside those of every launch."""
+        payload, args = self.request.payload, self.args
+        for launch, division, num_blocks in parts:
+            args.num_blocks = num_blocks
+            args.num_send_blocks = division.num_send_blocks
+            args.num_receive_blocks = division.num_receive_blocks
+            args.first_count_block = division.first_count_block
             self.endpoint.launch(
-                self.request.plan.launch,
-                self.args,
+                launch,
+                args,
                 order=self.order,
                 reads=(payload.rows, payload.scales, self.weights, self.topk_idx, *reads),
                 writes=(self.request.stats, *writes),
                 meets_peers=division.num_send_blocks > 0 or self.request.in_place is not None,
+                stream=stream,
             )
 
     def end(self, inputs: Tensors, outputs: Tensors, kept: Kept | None = None) -> EventOverlap:
@@ -270,9 +273,13 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
 
 
 def _find_routes(call: Call) -> DispatchResult:
-    """For exact sizes, the host waits between the half that sends and the half that receives."""
+    """For exact sizes, the host waits while the first half sends and counts; then it launches the half that receives.
+
+    The first one is launched on the side stream: so the second, and what is allocated for it, are ordered as those of
+    any other call. All that does not take the counts is done before they come.
+    """
     endpoint, request, order, args = call.endpoint, call.request, call.order, call.args
-    routing, topk_idx, num_ranks = request.routing, call.topk_idx, endpoint.num_ranks
+    routing, topk_idx, num_ranks, planned = request.routing, call.topk_idx, endpoint.num_ranks, request.plan
     num_topk, local_experts = topk_idx.shape[1], routing.num_experts // num_ranks
     copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
     with call.allocation():
@@ -282,24 +289,29 @@ def _find_routes(call: Call) -> DispatchResult:
     args.kept_idx = kept_idx.data_ptr() if copies_idx else None
     found = (slots, kept_idx) if copies_idx else (slots,)
 
-    sizes, aligned_counts = request.plan.worst, list[int]()
+    sizes, selections, parts = planned.worst, list[int](), planned.whole
+    overlaps = request.exact_sizes and planned.halves_overlap
     with endpoint.breaking_on_error("dispatch"):
-        if request.exact_sizes:
-            sending, receiving = request.plan.halves
-            args.host_words = endpoint.expect_counts()
-            call.launch([sending], (), found)
-            tokens, counts = endpoint.wait_for_counts(local_experts)
-            aligned_counts = [layout.align(count, routing.alignment) for count in counts]
-            sizes = Sizes(tokens, sum(aligned_counts))
-        with call.allocation():
-            outputs = call.allocate(sizes)
-            routes = Routes.allocate(topk_idx, sizes.tokens, num_topk, num_ranks, local_experts)
-        args.received.metadata = routes.metadata.data_ptr()
-        args.counts = routes.argument()
-        order.wait_for(request.timing.previous_event_before_epilogue)
-        divisions = [receiving] if request.exact_sizes else request.plan.whole
-        call.launch(divisions, (), (*found, *outputs.tensors, *routes))
-        pieces = (kept_idx, slots, *routes.pieces)
+        with endpoint.side.beside(order.stream) if overlaps else NOTHING as side:
+            if request.exact_sizes:
+                args.host_words = endpoint.expect_counts()
+                call.launch(planned.halves[:1], (), found, side)
+                parts = planned.halves[1:]
+            with call.allocation():
+                counts = RouteCounts.allocate(topk_idx, num_ranks, local_experts)
+            args.counts = counts.argument()
+            order.wait_for(request.timing.previous_event_before_epilogue)
+            if request.exact_sizes:
+                tokens, selections = endpoint.wait_for_counts(local_experts)
+                if (to := routing.alignment) > 1:
+                    selections = [-(-count // to) * to for count in selections]
+                sizes = Sizes(tokens, sum(selections))
+            with call.allocation():
+                outputs = call.allocate(sizes)
+                metadata = topk_idx.new_empty((sizes.tokens, num_topk + 2), dtype=torch.int32)
+            args.received.metadata = metadata.data_ptr()
+            call.launch(parts, (), (*found, *counts, *outputs.tensors, metadata))
+        pieces = (kept_idx, slots, metadata, counts.per_rank)  # one tensor of each piece of memory
         event = call.end((routing.topk_idx,), (*outputs.tensors, *pieces))
 
     handle = EPHandle(
@@ -312,15 +324,15 @@ def _find_routes(call: Call) -> DispatchResult:
         topk_idx=kept_idx,
         num_recv_tokens=sizes.tokens,
         num_expanded_tokens=sizes.expanded,
-        num_recv_tokens_per_expert_list=aligned_counts,
-        psum_num_recv_tokens_per_scaleup_rank=routes.per_rank,
-        psum_num_recv_tokens_per_expert=routes.per_expert_end if request.expand else routes.per_expert_aligned,
-        num_unaligned_recv_tokens_per_expert=routes.per_expert,
-        recv_src_metadata=routes.metadata,
+        num_recv_tokens_per_expert_list=selections,
+        psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
+        psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
+        num_unaligned_recv_tokens_per_expert=counts.per_expert,
+        recv_src_metadata=metadata,
         dst_buffer_slot_idx=slots,
-        per_expert_aligned=routes.per_expert_aligned,
-        per_expert_end=routes.per_expert_end,
-        number=routes.number,
+        per_expert_aligned=counts.per_expert_aligned,
+        per_expert_end=counts.per_expert_end,
+        number=counts.number,
         group_ranks=endpoint.group_ranks,
         rank=endpoint.rank,
     )
@@ -330,15 +342,16 @@ def _find_routes(call: Call) -> DispatchResult:
 
 def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
     """All is known: no counts travel and the host waits for nothing."""
-    request, args, routes = call.request, call.args, Routes.of(handle)
+    request, args, counts = call.request, call.args, RouteCounts.of(handle)
     args.slots = handle.dst_buffer_slot_idx.data_ptr()
     with call.endpoint.breaking_on_error("dispatch"):
         with call.allocation():
             outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
-        args.received.known_metadata = routes.metadata.data_ptr()
-        args.counts = routes.argument()
+        args.received.known_metadata = handle.recv_src_metadata.data_ptr()
+        args.counts = counts.argument()
         call.order.wait_for(request.timing.previous_event_before_epilogue)
-        call.launch(request.plan.whole, (handle.dst_buffer_slot_idx, *routes), outputs.tensors)
+        known = (handle.dst_buffer_slot_idx, handle.recv_src_metadata, *counts)
+        call.launch(request.plan.whole, known, outputs.tensors)
         event = call.end((), outputs.tensors, handle.kept)
     handle.turn_to(request.expand)
     return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

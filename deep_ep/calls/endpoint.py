@@ -17,7 +17,7 @@ from deep_ep.calls.agreement import Settings, agree_to_build
 from deep_ep.calls.owner import Owner
 from deep_ep.calls.registered import Registered
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
-from deep_ep.event import NOTHING, CallOrder, EventHandle, LastCall, Timing, looking
+from deep_ep.event import NOTHING, CallOrder, EventHandle, LastCall, SideStream, Timing, looking
 from deep_ep.handle import EPHandle
 from deep_ep.machine import Machine, open_machine, raise_together
 from deep_ep.machine.meeting import Limits
@@ -97,6 +97,7 @@ class Endpoint:
         self.registered = Registered(self.window.part(registered.offset, registered.num_bytes))
         self.device = self.machine.device
         machine = self.machine
+        self.side = SideStream(machine.comm_stream)
         self.speeds = sm_model.Speeds.of(self.environment.nvlink_gbs, machine.wire_gbs, machine.memory_gbs)
         self.enough_sms = sm_model.table(self.num_ranks, self.speeds, self.most_sms)
         self.shared_limit = self.machine.shared_bytes_per_block
@@ -403,16 +404,24 @@ class Endpoint:
         return order
 
     def launch(
-        self, launch: Launch, args: Any, *, order: CallOrder, reads: Tensors, writes: Tensors, meets_peers: bool = True
+        self,
+        launch: Launch,
+        args: Any,
+        *,
+        order: CallOrder,
+        reads: Tensors,
+        writes: Tensors,
+        meets_peers: bool = True,
+        stream: Any = None,
     ) -> None:
-        """Launch a call, or a part of it; see Machine.launch."""
+        """Launch a call, or a part of it, on the call's stream or on ``stream``; see Machine.launch."""
         self._has_launched = True
         self.machine.launch(
             launch.kernel,
             args,
             num_blocks=launch.num_blocks,
             shared_bytes=launch.shared_bytes,
-            stream=order.stream,
+            stream=order.stream if stream is None else stream,
             reads=reads,
             writes=writes,
             meets_peers=meets_peers,

@@ -44,16 +44,24 @@ class DispatchShape(NamedTuple):
         return sum(flag for flag, is_set in said.items() if is_set)
 
 
+class Part(NamedTuple):
+    """One launch of a dispatch."""
+
+    launch: Launch
+    division: plan.Division
+    num_blocks: int  # of all launches of the dispatch
+
+
 @dataclass(frozen=True)
 class DispatchPlan:
     """How dispatches of one shape are launched."""
 
-    launch: Launch
-    whole: list[plan.Division]
-    """How blocks are divided in the launches of a call whose outputs are there: one, if there are blocks for both
-    halves."""
-    halves: list[plan.Division]
+    whole: list[Part]
+    """The launches of a call whose outputs are there: one, if there are blocks for both halves."""
+    halves: list[Part]
     """The same where outputs have to wait for the counts: one launch for each half."""
+    halves_overlap: bool
+    """Whether the second may run beside the first: there are blocks for those who send and those who receive."""
     worst: Sizes
     """What comes if every rank sends all it may."""
     args: DispatchArgs
@@ -91,18 +99,21 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
         tables_bytes=memory.tables_bytes,
     )
     kernel = dispatch_kernel(roles, PlacesFrom.HANDLE if shape.has_handle else PlacesFrom.SELECTIONS, shape.in_place)
-    halves = roles.halves(num_blocks, shape.num_tokens, traffic)
+    divisions: tuple[plan.Division, ...] = plan.ONE_BLOCK_HALVES
     if shape.in_place:
-        halves = roles.halves_in_place(num_blocks, shape.num_tokens)
-        whole = [roles.division_in_place(num_blocks, shape.num_tokens)]
+        divisions = (roles.division_in_place(num_blocks, shape.num_tokens),)
     elif num_blocks > 1:
-        whole = [roles.division(num_blocks, shape.num_tokens, traffic, shape.has_handle)]
-    else:
-        whole = halves
+        divisions = (roles.division(num_blocks, shape.num_tokens, traffic, shape.has_handle),)
+    halves = divisions if len(divisions) > 1 else divisions[0].halves
+
+    def parts(divisions: tuple[plan.Division, ...]) -> list[Part]:
+        num_in_all = sum(each.num_blocks for each in divisions)
+        return [Part(Launch(kernel, each.num_blocks, memory.shared_bytes), each, num_in_all) for each in divisions]
+
     return DispatchPlan(
-        launch=Launch(kernel, num_blocks, memory.shared_bytes),
-        whole=whole,
-        halves=halves,
+        whole=parts(divisions),
+        halves=parts(halves),
+        halves_overlap=halves[0].num_send_blocks + halves[1].num_blocks <= num_blocks,
         worst=Sizes.worst(shape.max_tokens, num_ranks, shape.num_topk, local_experts, shape.alignment),
         args=args,
     )

@@ -27,10 +27,9 @@ class Sizes(NamedTuple):
         return Sizes(num_ranks * max_tokens, expanded)
 
 
-class Routes(NamedTuple):
-    """Where tokens go. The kernel works it out, or reads what an earlier dispatch's handle has kept."""
+class RouteCounts(NamedTuple):
+    """How many tokens go where: of a size that is known before they are."""
 
-    metadata: torch.Tensor  # [tokens, K+2] int32
     per_rank: torch.Tensor  # [R] int32
     per_expert_aligned: torch.Tensor  # [L] int32
     per_expert_end: torch.Tensor  # [L] int32
@@ -38,28 +37,20 @@ class Routes(NamedTuple):
     number: torch.Tensor  # [1] int32
 
     @staticmethod
-    def allocate(like: torch.Tensor, tokens: int, num_topk: int, num_ranks: int, local_experts: int) -> Routes:
-        """``like``: a tensor of the device."""
-        sums = like.new_empty(num_ranks + 3 * local_experts + 1, dtype=torch.int32)  # in one piece
-        metadata = like.new_empty((tokens, num_topk + 2), dtype=torch.int32)
-        sizes = [num_ranks, local_experts, local_experts, local_experts, 1]
-        return Routes(metadata, *sums.split_with_sizes(sizes))
+    def allocate(like: torch.Tensor, num_ranks: int, local_experts: int) -> RouteCounts:
+        """In one piece. ``like``: a tensor of the device."""
+        piece = like.new_empty(num_ranks + 3 * local_experts + 1, dtype=torch.int32)
+        return RouteCounts(*piece.split_with_sizes([num_ranks, local_experts, local_experts, local_experts, 1]))
 
     @staticmethod
-    def of(handle: EPHandle) -> Routes:
-        return Routes(
-            handle.recv_src_metadata,
+    def of(handle: EPHandle) -> RouteCounts:
+        return RouteCounts(
             handle.psum_num_recv_tokens_per_scaleup_rank,
             handle.per_expert_aligned,
             handle.per_expert_end,
             handle.num_unaligned_recv_tokens_per_expert,
             handle.number,
         )
-
-    @property
-    def pieces(self) -> tuple[torch.Tensor, ...]:
-        """One tensor of each piece of memory, of routes that ``allocate`` has made."""
-        return self.metadata, self.per_rank
 
     def argument(self) -> Counts:
         return Counts(

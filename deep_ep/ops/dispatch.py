@@ -111,6 +111,8 @@ class DispatchArgs(ctypes.Structure):
         ("num_count_warps", ctypes.c_int32),
         ("first_count_block", ctypes.c_int32),
         ("num_send_blocks", ctypes.c_int32),
+        ("num_receive_blocks", ctypes.c_int32),
+        ("num_blocks", ctypes.c_int32),
         ("send_piece_bytes", ctypes.c_int32),
         ("send_stage_bytes", ctypes.c_int32),
         ("receive_piece_bytes", ctypes.c_int32),

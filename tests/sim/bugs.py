@@ -25,6 +25,7 @@ class Bug:
         num_tokens: that a rank sends at least; what shows late needs many.
         num_sms: of every call, at most.
         combining: the layout in which it shows; in place, dispatches are so too.
+        in_halves: dispatches are launched in halves that run beside each other.
         stories: which are told: round trips, and all that is said above goes for these; barriers, or mishaps.
         num_seeds: within which it must be noticed.
         race_detector: whether it takes one; without, a seed takes a fifth of the time.
@@ -40,6 +41,7 @@ class Bug:
     num_tokens: int = 3
     num_sms: int = 3
     combining: combines.Options = combines.PLAIN
+    in_halves: bool = False
     stories: str = "trips"
     num_seeds: int = MAX_SEEDS
     race_detector: bool = True
@@ -248,6 +250,11 @@ BUGS = (
     Bug("drained-relaxed", "phases/retire.cuh", "store_release_sys", "store_relaxed_sys", RACE, times=2),
     Bug("blocks-done-relaxed", "phases/retire.cuh", "fetch_add_acq_rel_gpu", "fetch_add_relaxed_gpu", RACE),
     Bug("retire-without-sync", "phases/retire.cuh", "  device::sync_block();\n", "", RACE),
+    Bug("retire-with-half-of-the-blocks", "kernels/dispatch.cuh", "a.patience, a.num_blocks, num_ended",
+        "a.patience, device::num_blocks(), num_ended", "", in_halves=True, race_detector=False),
+    Bug("retire-when-all-have-received", "kernels/dispatch.cuh",
+        "  retire<C.in_place>(a.window, epoch, a.patience, a.num_blocks, num_ended(a, reports, tables));\n",
+        "  if (receiver) retire<C.in_place>(a.window, epoch, a.patience, receivers.count);\n", RACE, in_halves=True),
     Bug("same-epoch-again", "phases/retire.cuh", "    device::store_relaxed_gpu(&own.epoch, epoch);\n", "", ""),
     Bug("claims-not-reset", "phases/retire.cuh", "device::store_relaxed_gpu(&claimed, 0u);",
         "static_cast<void>(claimed);", ""),

@@ -66,7 +66,7 @@ def _patch(include: Path, name: str, file: str, old: str, new: str, times: int) 
     path.write_text(text.replace(old, new))
 
 
-def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms: int) -> swarm.Story:
+def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms: int, in_halves: bool) -> swarm.Story:
     """Short, and with everything in it that a bug may need: peers, several blocks, several operations under way."""
     r = random.Random(seed)
     in_place = combining.zero_copy
@@ -112,6 +112,7 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
         longest=swarm.SHORT,
         cases=drawn,
         num_overlapping=len(drawn),
+        halving=frozenset(range(NUM_RANKS) if in_halves else ()),
     )
 
 
@@ -120,6 +121,7 @@ def find_error(
     num_tokens: int,
     combining: combines.Options = combines.PLAIN,
     num_sms: int = 3,
+    in_halves: bool = False,
     num_seeds: int = MAX_SEEDS,
 ) -> tuple[int, str]:
     """Tell stories until one goes wrong.
@@ -129,7 +131,7 @@ def find_error(
     """
 
     def tell(seed: int, world: World, toolchain: jit.Gxx) -> None:
-        swarm.tell(draw_story(seed, num_tokens, combining, num_sms), world, toolchain)
+        swarm.tell(draw_story(seed, num_tokens, combining, num_sms, in_halves), world, toolchain)
 
     return find_error_in(tell, toolchain, num_seeds)
 
@@ -164,7 +166,7 @@ def plant(bug: Bug | None) -> tuple[int, str]:
             return find_error(toolchain, MANY_TOKENS)
         if bug.stories in OTHER_STORIES:
             return find_error_in(OTHER_STORIES[bug.stories], toolchain, bug.num_seeds)
-        return find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, bug.num_seeds)
+        return find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, bug.in_halves, bug.num_seeds)
 
 
 def summary(text: str) -> str:

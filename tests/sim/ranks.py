@@ -21,6 +21,8 @@ from torch.distributed import distributed_c10d
 
 import deep_ep
 from deep_ep import jit, plan
+from deep_ep.calls import dispatch, plans
+from deep_ep.calls.endpoint import Endpoint
 from deep_ep.errors import EPError
 from deep_ep.machine import simulated
 from deep_ep.machine.relocation import Request, pack, redirect
@@ -83,6 +85,7 @@ class Settings:
         num_sms: blocks that each rank's launches have at most; they may differ.
         delays: virtual nanoseconds by which each kernel of a rank starts late.
         patience: what becomes of waits when nothing can move any more (World.launch).
+        halving: ranks that launch dispatches in halves, also where the host does not wait; so the halves run together.
     """
 
     toolchain: jit.Gxx
@@ -90,6 +93,13 @@ class Settings:
     num_sms: tuple[int, ...]
     delays: Mapping[int, int]
     patience: Literal["report", "expire"] = "report"
+    halving: frozenset[int] = frozenset()
+
+    def plan_dispatch(self, endpoint: Endpoint, shape: plans.DispatchShape) -> plans.DispatchPlan:
+        """Takes the place of what the package plans."""
+        planned = plans.plan_dispatch(endpoint, shape)
+        halves = endpoint.rank in self.halving and not shape.has_handle
+        return replace(planned, whole=planned.halves) if halves else planned
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,7 @@ class Queued:
     shared_bytes: int
     reads: Sequence[torch.Tensor]
     writes: Sequence[torch.Tensor]
+    beside: bool  # the one before it
 
 
 class Words:
@@ -168,7 +179,15 @@ class ThreadMachine:
         meets_peers: bool = True,
     ) -> None:
         own_args = type(args).from_buffer_copy(args)  # the caller may change its own for the next launch
-        self.queue.append(Queued(kernel, own_args, num_blocks, shared_bytes, reads, writes))
+        beside = bool(self.queue) and num_blocks + self._still_sending(self.queue[-1]) <= self.num_sms
+        self.queue.append(Queued(kernel, own_args, num_blocks, shared_bytes, reads, writes, beside))
+
+    def _still_sending(self, queued: Queued) -> int:
+        """Blocks that keep their SMs while the launch after it may run already: only in the first half of a dispatch
+        some leave before."""
+        args = queued.args
+        is_half = queued.kernel.name == "dispatch" and args.num_receive_blocks == 0
+        return args.num_send_blocks if is_half and args.first_count_block == args.num_send_blocks else self.num_sms
 
     def run(self) -> None:
         """Run what is queued, on all ranks. Collective."""
@@ -233,6 +252,7 @@ class Ranks:
                 num_threads=queued.kernel.num_threads,
                 shared_bytes=queued.shared_bytes,
                 in_order=idx > 0,
+                beside=queued.beside,
             )
             for guest, stream in zip(guests, streams, strict=True)
             for idx, (queued, request) in enumerate(stream)
@@ -270,6 +290,7 @@ class Ranks:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(simulated, "SimulatedMachine", lambda group, environment, limits: ThreadMachine(group, self))
             patch.setitem(plan.ROLES, "simulated", roles)
+            patch.setattr(dispatch, "plan_dispatch", self.settings.plan_dispatch)
             for thread in threads:
                 thread.start()
             for thread in threads:

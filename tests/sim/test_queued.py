@@ -3,6 +3,7 @@ left, which is anything."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import deep_ep
-from deep_ep import EPError, jit
+from deep_ep import EPError, EPTimeoutError, jit
 from deep_ep.machine.world import World
 from tests.sim import bugs, planted
 from tests.sim.ranks import Buffer, Group, Ranks, Settings
@@ -86,6 +87,33 @@ def test_only_the_failure_is_told(expanded: bool, second_comes: bool) -> None:
     else:
         assert "rank 0 waited 7.0 s in " in first
         assert second == ""
+
+
+@pytest.mark.parametrize("num_sms", [1, 3])
+@pytest.mark.parametrize("zero_copy", [False, True])
+def test_the_operation_ends_without_the_half_that_is_not_launched(num_sms: int, zero_copy: bool) -> None:
+    """Where no counts come, the host launches no second half; a graph's replays must find the buffer broken all the
+    same."""
+    words: list[int] = []
+
+    def program(group: Group) -> None:
+        sizes = {"num_max_tokens_per_rank": 24, "hidden": HIDDEN, "num_registered_bytes": 1 << 16}
+        buffer = Buffer(group, **sizes, num_gpu_timeout_secs=7)
+        if group.rank() == 1:
+            buffer.run()
+            return
+        x = buffer.registered_empty((TOKENS, HIDDEN), torch.bfloat16)
+        idx = torch.zeros(TOKENS, 1, dtype=deep_ep.topk_idx_t)
+        with pytest.raises(EPTimeoutError):
+            buffer.dispatch(x, topk_idx=idx, num_experts=EXPERTS, zero_copy=zero_copy)
+        own = group.machine._windows[0].addresses[0]
+        words.extend(struct.unpack("=6I", world.read(own, 24)))
+
+    with World() as world:
+        Ranks(world, 2, Settings(jit.Gxx(), 1 << 16, (num_sms,) * 2, {}, "expire")).run(ROLES[0], program)
+    epoch, blocks_done, *_, broken = words
+    assert (epoch, blocks_done) == (1, 0)
+    assert broken
 
 
 @pytest.mark.usefixtures("_fresh_memory")

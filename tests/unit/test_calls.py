@@ -11,6 +11,7 @@ import torch
 
 import deep_ep
 from deep_ep import ElasticBuffer, autograd, layout, sm_model
+from deep_ep.ops.dispatch import DispatchArgs
 from deep_ep.sm_model import Kind
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
 
@@ -34,10 +35,40 @@ def test_exact_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
     """Senders report the counts, the host allocates, receivers fill."""
     machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
     handle = dispatch(buffer, num_sms=4, expert_alignment=4)
-    assert machine.launches == [("dispatch", 4, 4), ("dispatch", 4, 0)]
+    assert machine.launches == [("dispatch", 2, 1), ("dispatch", 3, 0)]
     assert handle.num_recv_tokens == handle.recv_src_metadata.shape[0] == 3
     assert handle.num_recv_tokens_per_expert_list == [4, 0, 4, 8]
     assert handle.num_expanded_tokens == 16
+
+
+@pytest.mark.parametrize("do_cpu_sync", [True, False])
+@pytest.mark.parametrize("num_sms", [1, 4])
+def test_only_halves_that_fit_run_beside_each_other(
+    machine: FakeMachine, buffer: ElasticBuffer, monkeypatch: pytest.MonkeyPatch, num_sms: int, do_cpu_sync: bool
+) -> None:
+    """One block does one after the other, on the call's stream."""
+    log: list[object] = []
+
+    class Side:
+        @contextlib.contextmanager
+        def beside(self, stream: object) -> Iterator[str]:
+            log.append("begin")
+            yield "side"
+            log.append("end")
+
+    def launch(kernel: object, args: DispatchArgs, *, num_blocks: int, stream: object, **_: object) -> None:
+        log.append((num_blocks, args.num_blocks, stream))
+        machine.report_counts(3, 1, 0, 2, 5)
+
+    monkeypatch.setattr(buffer._endpoint, "side", Side())
+    monkeypatch.setattr(machine, "launch", launch)
+    dispatch(buffer, num_sms=num_sms, do_cpu_sync=do_cpu_sync)
+    if num_sms == 1:
+        assert log == [(1, 2, None), (1, 2, None)]
+    elif do_cpu_sync:
+        assert log == ["begin", (2, 5, "side"), (3, 5, None), "end"]
+    else:
+        assert log == [(4, 4, None)]
 
 
 def test_worst_case_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:

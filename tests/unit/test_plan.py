@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from deep_ep import plan
 from deep_ep.layout import MAX_EXPERTS, MAX_RANKS, MAX_SCALES, MAX_TOPK, Record
-from deep_ep.plan import ROLES, CombineRoles, Crew, Roles, RolesOfMachine
+from deep_ep.plan import ROLES, CombineRoles, Crew, Division, Roles, RolesOfMachine
 
 SHARED_LIMIT = 232448  # bytes that a block has on sm_90 and sm_100, and in simulation
 MACHINES = pytest.mark.parametrize("roles", ROLES.values(), ids=ROLES.keys())
@@ -102,14 +102,30 @@ def test_every_team_has_blocks(
     known, whole = (roles.division(num_blocks, num_tokens, traffic, by_handle) for by_handle in (True, False))
     for each in (known, whole):
         assert 1 <= each.num_send_blocks <= each.first_count_block <= num_blocks - 1
-    sending, receiving = roles.halves(num_blocks, num_tokens, traffic)
-    assert sending == plan.Division(num_blocks, whole.first_count_block)
-    assert receiving == plan.Division(0, num_blocks)
+        assert each.num_send_blocks + each.num_receive_blocks == each.num_blocks == num_blocks
+        check_halves(each)
 
 
-def test_one_block_does_all_of_a_half() -> None:
-    roles, traffic = ROLES["cuda"].dispatch, plan.Traffic.of(2, 8, expand=False)
-    assert roles.halves(1, 4096, traffic) == [plan.Division(1, 0), plan.Division(0, 1)]
+@given(
+    roles=st.sampled_from([machine.dispatch for machine in ROLES.values()]),
+    num_blocks=st.integers(1, 160),
+    num_tokens=st.integers(0, 1 << 16),
+)
+def test_in_place_nobody_sends(roles: Roles, num_blocks: int, num_tokens: int) -> None:
+    whole = roles.division_in_place(num_blocks, num_tokens)
+    assert (whole.num_send_blocks, whole.num_receive_blocks) == (0, num_blocks)
+    assert 0 <= whole.first_count_block < num_blocks
+    check_halves(whole)
+
+
+def check_halves(whole: Division) -> None:
+    """Who sends or counts does so first; those who receive and those who send may be there at once."""
+    first, second = whole.halves
+    num_counters = whole.num_blocks - whole.first_count_block
+    assert first == Division(whole.num_send_blocks + num_counters, whole.num_send_blocks, 0, whole.num_send_blocks)
+    assert second == Division(whole.num_receive_blocks, 0, whole.num_receive_blocks, whole.num_receive_blocks)
+    assert first.num_blocks <= whole.num_blocks
+    assert first.num_send_blocks + second.num_blocks <= whole.num_blocks
 
 
 @given(num_ranks=st.integers(1, MAX_RANKS), num_topk=st.integers(1, MAX_TOPK))

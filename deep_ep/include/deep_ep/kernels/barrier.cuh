@@ -26,7 +26,7 @@ EP_DEVICE void barrier(const BarrierArgs& a) {
   const bool all_came = agree(a.window, epoch, plan, a.patience);
   // Its marks are released, and so carry what came before; whoever is admitted to the next operation has acquired those
   // of all peers. No mark may go out before all have come: a peer that still waits for the one before would miss it.
-  retire<false>(a.window, epoch, a.patience);
+  retire<false>(a.window, epoch, a.patience, device::num_blocks());
   if (all_came) admit_warp(a.window, epoch + 1, a.patience);
 }
 

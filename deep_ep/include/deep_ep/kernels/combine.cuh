@@ -89,7 +89,7 @@ EP_DEVICE void combine(const CombineArgs& a) {
     if (asks) agree(a.window, epoch, plan, a.patience);
     reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, {}, a.combined);
   }
-  retire<kInPlace>(a.window, epoch, a.patience);
+  retire<kInPlace>(a.window, epoch, a.patience, device::num_blocks());
 }
 
 }  // namespace deep_ep

@@ -10,9 +10,10 @@
 // Where rows lie in registered memory (in_place.cuh), nobody sends: receivers fetch them from the peers, once it is known
 // where they go, and the call ends when all peers have fetched this rank's.
 //
-// A launch may also do one half only. With a CPU sync the host allocates exact tensors between the halves, while the
-// pushes run; in the first half those who have counted then send too. With the handle of an earlier dispatch all places
-// are known and no counts are exchanged.
+// A launch may also do one half only. With a CPU sync the blocks that send and those that count are launched first. The
+// counters tell the host, and leave; it allocates exact tensors while the pushes run, and launches the receivers beside
+// the senders: from then on all is as in one launch. With one block the halves follow each other, and it counts before it
+// sends. With the handle of an earlier dispatch all places are known and no counts are exchanged.
 
 #include <deep_ep/kernels/dispatch_args.cuh>
 #include <deep_ep/phases/admit.cuh>
@@ -67,13 +68,13 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
 // What the last warp does meanwhile, and in a block that only receives: it asks whether all ranks agree, and whether those
 // who count may tell; and it learns where everything that comes will stand.
 template <DispatchConfig C>
-EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool counts, bool learns,
+EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool counts, bool receives, bool reports,
                    const Tables& tables) {
   const bool admitted = !counts || admit_warp(a.window, epoch, a.patience);
   const bool all_agree = agree(a.window, epoch, plan, a.patience, tables.tokens_of) && admitted;
   if (!all_agree) tables.take_back(Ok::kAgrees);
   if (counts) give_answer();
-  if (!learns || !all_agree) return;
+  if (!(receives || reports) || !all_agree) return;
   if constexpr (C.in_place) {
     Found found;
     if (!find_rows(a.window, epoch, a.patience, found)) tables.take_back(Ok::kLearns);
@@ -84,6 +85,16 @@ EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool
   } else {
     collect(a.window, epoch, a.routing.experts_per_rank, a.alignment, a.patience, tables);
   }
+  if (reports && tables.is(Ok::kLearns)) {
+    report_to_host(a.window, a.routing.experts_per_rank, tables, a.host_words);
+  }
+}
+
+// Of the blocks that end, how many this one stands for. Whose report the host waits for before it launches the second
+// half stands for that half where it has nothing to report: so the operation ends in any case.
+EP_DEVICE int num_ended(const DispatchArgs& a, bool reports, const Tables& tables) {
+  const bool reported = tables.is(Ok::kAgrees) && tables.is(Ok::kLearns);
+  return reports && !reported ? 1 + a.num_blocks - device::num_blocks() : 1;
 }
 
 template <DispatchConfig C>
@@ -92,8 +103,8 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   if (is_void) return;
   constexpr bool kRecalls = C.places_from == PlacesFrom::kHandle;
   const Tables tables = Tables::at(device::shared_memory<int>(), a.routing.num_experts);
-  const Blocks counters = blocks_from(a.first_count_block), receivers = blocks_from(a.num_send_blocks);
-  const bool sender = sends(a.num_send_blocks), receiver = !sender, counts = counters.has_own();
+  const Blocks counters = blocks_from(a.first_count_block), receivers{a.num_send_blocks, a.num_receive_blocks};
+  const bool sender = sends(a.num_send_blocks), receiver = receivers.has_own(), counts = counters.has_own();
   const bool reports = counts && a.host_words != nullptr && counters.own() == 0;
   const int experts_per_rank = a.routing.experts_per_rank, warp = device::warp_idx();
   Mailbox* boxes = device::shared_memory<Mailbox>(Tables::bytes(a.routing.num_experts));
@@ -110,14 +121,13 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   }
   if (sender && !counts) admit(a.window, epoch, a.patience, tables);
   if ((counts || receiver) && asks_others()) {
-    ask<C>(a, epoch, plan, counts, receiver || reports, tables);
+    ask<C>(a, epoch, plan, counts, receiver, reports, tables);
   } else if (counts) {
     tell<C.places_from>(a, epoch, counters, tables);
   }
   device::sync_block();
   const bool good = tables.are_all();  // nothing is taken back any more
 
-  if (reports && good) report_to_host(a.window, experts_per_rank, tables, a.host_words);
   if (receiver && good && receivers.own() == 0) {
     if (!kRecalls) report_counts(a.window, epoch, experts_per_rank, a.alignment, tables, a.counts);
     add_to_stats(experts_per_rank, tables, a.stats);
@@ -144,7 +154,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     }
     blank(a.window, a.routing, a.record, a.alignment, tables, warp, receivers, a.received);
   }
-  if (receivers.count > 0) retire<C.in_place>(a.window, epoch, a.patience);
+  retire<C.in_place>(a.window, epoch, a.patience, a.num_blocks, num_ended(a, reports, tables));
 }
 
 }  // namespace deep_ep

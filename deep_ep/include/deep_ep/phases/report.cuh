@@ -1,5 +1,5 @@
 #pragma once
-// reads         tables of a block that has collected or recalled
+// reads         tables of a block, or of its warp, that has collected or recalled
 // writes        the handle's counts on the device, the caller's statistics, or the host's words
 // waits for     nothing
 // leaves behind counts; for the host, released by their first word
@@ -42,16 +42,18 @@ EP_DEVICE void add_to_stats(int experts_per_rank, const Tables& tables, int32_t*
   }
 }
 
-// words: [0] ready, [1] rows of the plain layout, [2..] count of each local expert.
+// words: [0] ready, [1] rows of the plain layout, [2..] count of each local expert. By the warp that has collected, so the
+// host need not wait for others of its block.
 EP_DEVICE void report_to_host(const Window& window, int experts_per_rank, const Tables& tables, int32_t* words) {
-  const int thread = device::thread_idx();
-  if (thread == 0) device::store_relaxed_sys(words + 1, static_cast<int32_t>(tables.row_base[window.num_ranks]));
+  const int lane = device::lane_idx();
+  device::sync_warp();
+  if (lane == 0) device::store_relaxed_sys(words + 1, static_cast<int32_t>(tables.row_base[window.num_ranks]));
   EP_NO_UNROLL
-  for (int e = thread; e < experts_per_rank; e += device::num_threads()) {
+  for (int e = lane; e < experts_per_rank; e += 32) {
     device::store_relaxed_sys(words + 2 + e, static_cast<int32_t>(tables.coming[e]));
   }
-  device::sync_block();
-  if (thread == 0) device::store_release_sys(words, 1);
+  device::sync_warp();
+  if (lane == 0) device::store_release_sys(words, 1);
 }
 
 }  // namespace deep_ep

@@ -1,7 +1,8 @@
 #pragma once
 // reads         control.blocks_done, .gave_up; .drained, where peers read rows in place
 // writes        control.blocks_done, .claimed, .epoch, .broken; the peers' control.drained
-// waits for     nothing: the last block to come here does the work; in place, for the peers to have read what is here
+// waits for     nothing: the last block to come here does the work, of whatever launch; in place, for the peers to have
+//               read what is here
 // leaves behind at every peer the mark that its records have been read, and here the epoch of the next operation
 
 #include <deep_ep/device/device.cuh>
@@ -20,16 +21,17 @@ EP_DEVICE void await_readers(const Window& window, uint32_t epoch, const device:
   device::sync_warp();
 }
 
+// `num_blocks`: of all launches of the operation, which may run beside each other. `num_ended`: those for which this block
+// speaks, itself included.
 template <bool kInPlace>
-EP_DEVICE void retire(const Window& window, uint32_t epoch, const device::Patience& patience) {
+EP_DEVICE void retire(const Window& window, uint32_t epoch, const device::Patience& patience, int num_blocks,
+                      int num_ended = 1) {
   device::sync_block();
   if (device::warp_idx() != 0) return;
   Control& own = control(window, window.rank);
   uint32_t before = 0;
-  if (device::elect()) before = device::fetch_add_acq_rel_gpu(&own.blocks_done, 1u);
-  if (static_cast<uint32_t>(device::reduce_max(static_cast<int>(before))) + 1 !=
-      static_cast<uint32_t>(device::num_blocks()))
-    return;
+  if (device::elect()) before = device::fetch_add_acq_rel_gpu(&own.blocks_done, uint32_t(num_ended));
+  if (device::reduce_max(static_cast<int>(before)) + num_ended != num_blocks) return;
   device::sync_warp();
   const int lane = device::lane_idx();
   if (lane < window.num_ranks && lane != window.rank) {

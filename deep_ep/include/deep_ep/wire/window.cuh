@@ -23,7 +23,7 @@ namespace deep_ep {
 // ever reset, and a replayed CUDA graph counts on like any other launch.
 struct Control {
   uint32_t epoch;               // of the last finished operation
-  uint32_t blocks_done;         // blocks of the running operation that have finished
+  uint32_t blocks_done;         // blocks of the running operation that have finished, in all its launches
   uint32_t claimed[2];          // [queue]: items of the running operation that warps have taken
   uint32_t gave_up;             // not 0: some wait of this rank has ended in vain
   uint32_t broken;              // not 0: and the operation in which it did has ended; nothing is done any more
