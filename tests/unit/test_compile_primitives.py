@@ -84,6 +84,7 @@ EP_ENTRY(use_bulk, 128, Args) {
     if (elect()) {
       bulk_wait_read<0>();
       fence_async_proxy_global();
+      bulk_prefetch(args.vectors + 64 * i, 1024);
       bulk_load(stage, args.vectors + 64 * i, 1024, full);
       mbarrier_arrive_expect(full, 1024);
       mbarrier_arrive(full);

@@ -86,13 +86,16 @@ void check_range(const char* what, const void* address, int num_bytes, Side side
 }
 
 // A copy by the running fiber; the caller adds where its completion counts.
+void check_size(int num_bytes, const Site& site) {
+  if (num_bytes > 0 && num_bytes % 16 == 0) return;
+  scheduler.fail(site, "a bulk copy of " + std::to_string(num_bytes) + " bytes; sizes are positive multiples of 16");
+}
+
 Copy& issue(bool is_load, void* destination, const void* source, int num_bytes, const Site& site, void* pc) {
   Fiber& fiber = scheduler.current();
   fiber.site = site;
   scheduler.preempt();
-  if (num_bytes <= 0 || num_bytes % 16 != 0) {
-    scheduler.fail(site, "a bulk copy of " + std::to_string(num_bytes) + " bytes; sizes are positive multiples of 16");
-  }
+  check_size(num_bytes, site);
   // A new one each time: tokens of an old one would remember what another block's engine knew.
   under_way.push_back(std::make_unique<Copy>());
   Copy& copy = *under_way.back();
@@ -250,6 +253,13 @@ void bulk_load(void* shared, const void* global, int bytes, Mbarrier& barrier, s
   sim::Copy& copy = sim::issue(/*is_load=*/true, shared, global, bytes, site, __builtin_return_address(0));
   copy.barrier = &barrier;
   copy.barrier_state = &state;
+}
+
+void bulk_prefetch(const void* global, int bytes, sim::Site site) {
+  sim::Fiber& fiber = scheduler.current();
+  fiber.site = site;
+  sim::check_size(bytes, site);
+  sim::check_range("source", global, bytes, kGlobalSide, fiber, site);
 }
 
 void bulk_store(void* global, const void* shared, int bytes, sim::Site site) {

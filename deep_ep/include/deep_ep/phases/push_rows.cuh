@@ -105,6 +105,7 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, const Results& 
     const bool row_ends = empty || offset + bytes == record.row_bytes, last = row_ends && (left & (left - 1)) == 0;
     const char* from = results.row(parcel.row) + offset;
     if constexpr (kReturn == Return::kSum) {
+      if (begins) prefetch(results, parcel.row, 0, record.row_bytes);
       add_into(stage.data, device::ballot(parcel.row >= 0), from, bytes);
     } else {
       from = reinterpret_cast<const char*>(device::shuffle(reinterpret_cast<uint64_t>(from), k));

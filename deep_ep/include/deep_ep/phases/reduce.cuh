@@ -94,8 +94,13 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
   using SharedJobs = Jobs<kIsPlain<kReturn>>;
   const SharedJobs jobs = SharedJobs::of(routing.num_tokens, record.row_bytes, kAtOnce.vectors * kStride);
   Claims claims(window, Queue::kReceive);
+  const auto own_row_of = [&](const Choice& choice) {
+    const bool own = choice.expert >= 0 && routing.rank_of(choice.expert) == window.rank;
+    return own ? results.row_of_lane<kReturn>(own_tokens + choice.slot) : -1;
+  };
   int ahead = claims.take();
   Choice next = load_choice(routing, slots, jobs.token(ahead));
+  int next_own_row = own_row_of(next);
   EP_NO_UNROLL
   while (ahead < jobs.end()) {
     const int job = ahead, token = jobs.token(job);
@@ -104,8 +109,11 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
     next = load_choice(routing, slots, jobs.token(ahead));
     const Selection selection = select(routing, choice.expert);
     const bool chosen = selection.rank >= 0, own = selection.rank == window.rank;
-    const int received = own_tokens + choice.slot;
-    const int own_row = own ? results.row_of_lane<kReturn>(received) : -1;
+    const int received = own_tokens + choice.slot, own_row = next_own_row;
+    if constexpr (!kInPlace) {  // while the mark is looked at
+      const bool is_added = !kIsPlain<kReturn> || selection.speaks;
+      prefetch(results, is_added ? own_row : -1, jobs.first_byte(job), jobs.last_byte(job));
+    }
 
     bool came = true;
     if (!kInPlace && selection.speaks && !own) {
@@ -141,6 +149,7 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
       parts.own = device::ballot(own && there);
       parts.sum = device::ballot(own && selection.speaks);
     }
+    next_own_row = own_row_of(next);
     for_columns<kAtOnce.vectors>(jobs.first_byte(job), jobs.last_byte(job),
                                  [&](const auto& at) { add_columns<kAtOnce.rows>(out, token, parts, at); });
     if (out.weights != nullptr && lane < num_topk && jobs.first_byte(job) == 0)

@@ -70,4 +70,10 @@ struct Results {
   EP_DEVICE const char* row(int index) const { return rows.x + index * rows.stride; }
 };
 
+// Bytes `begin` to `end` of the rows of x that lanes name (-1: none) will be added soon. A warp loads a row in many steps,
+// one after the other, and what comes from the cache takes half the time.
+EP_DEVICE void prefetch(const Results& results, int row_of_lane, int begin, int end) {
+  if (row_of_lane >= 0) device::bulk_prefetch(results.row(row_of_lane) + begin, end - begin);
+}
+
 }  // namespace deep_ep

@@ -84,6 +84,12 @@ EP_DEVICE void bulk_load(void* shared, const void* global, int bytes, Mbarrier& 
                : "memory");
 }
 
+// Own global memory, which will be read soon, into the GPU's L2 cache. A hint: it is not waited for, and orders nothing.
+EP_DEVICE void bulk_prefetch(const void* global, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(detail::global_address(global)), "r"(bytes)
+               : "memory");
+}
+
 // Shared to global memory (own or a peer's). Part of the thread's next group.
 EP_DEVICE void bulk_store(void* global, const void* shared, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(detail::global_address(global)),
