@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -200,6 +201,16 @@ def cases(
                 yield known, call.prepare(workload, sms)
 
 
+def hosts(stopwatch: Stopwatch, ready: Call, known: dict[str, Any]) -> dict[str, float | None]:
+    """What the host spends on a call, which waits for its end on the current stream, and on one that does not."""
+    if known["mode"] != "eager":
+        return {"host": None}
+    if known["name"] == "barrier":
+        return {"host": stopwatch.host(ready)}
+    asynchronous = functools.partial(ready, async_with_compute_stream=True)
+    return {"host": stopwatch.host(ready), "host_async": stopwatch.host(asynchronous)}
+
+
 def measure(
     arguments: argparse.Namespace,
     report: Report,
@@ -211,8 +222,7 @@ def measure(
     """Time everything; and then once more, since the profiler disturbs, how long kernels take."""
     for known, ready in cases(arguments, buffer, ceilings, device):
         times = stopwatch.times(known["mode"], ready, arguments.iterations)
-        host = stopwatch.host(ready) if known["mode"] == "eager" else None
-        report.add(Reading.of(times, host=host, **known))
+        report.add(Reading.of(times, **hosts(stopwatch, ready, known), **known))
     if arguments.json and dist.get_rank() == 0:  # whatever becomes of the second pass
         report.write_json(arguments.json)
     if arguments.no_kernels or arguments.gates or arguments.check_model:

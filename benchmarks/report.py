@@ -14,7 +14,8 @@ WIDTH = 178  # columns of the table
 CAPTION = """\
 Microseconds. End to end: median (quartiles) of each rank, or of the slowest of many; all else: of the worst rank.
 Kernels: of this package, by the profiler. SM-us: SMs x time that kernels hold them. MB: sent over the link by one rank.
-Of link: part of its ceiling. x floor: end to end, over a barrier and those bytes at the ceiling. Host: of the CPU."""
+Of link: part of its ceiling. x floor: end to end, over a barrier and those bytes at the ceiling.
+Host: of the CPU; of the same call, asynchronous."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Reading:
     ceiling: float  # of the time: what these bytes take at the link's ceiling
     floor: float  # a barrier and that (ceilings.py)
     host: float | None  # a graph's replay is not the host's work
+    host_async: float | None = None  # of the same call with async_with_compute_stream
     kernels: tuple[float, ...] = ()  # of this package, in the order of their launches; none: not looked at
 
     @property
@@ -154,11 +156,16 @@ def gathered(mine: Any) -> list[Any]:
     return everyone
 
 
+def hosts_of(everyone: list[Reading]) -> list[list[float]]:
+    """Of the call, and of the same one if it is asynchronous, each rank's microseconds of the host, where measured."""
+    kinds = ([r.host for r in everyone], [r.host_async for r in everyone])
+    return [found for kind in kinds if (found := [time for time in kind if time is not None])]
+
+
 def cells(everyone: list[Reading]) -> list[str]:
     """A row of the table."""
     first, worst = everyone[0], slowest(everyone)
     shown = everyone if len(everyone) <= 2 else [worst]
-    hosts = [r.host for r in everyone if r.host is not None]
     crosses = first.link_bytes > 0
     return [
         first.name,
@@ -172,7 +179,7 @@ def cells(everyone: list[Reading]) -> list[str]:
         f"{min(r.gbs for r in everyone):.0f}" if crosses else "-",
         f"{min(r.ratio for r in everyone):.0%}" if crosses else "-",
         f"{max(r.times_floor for r in everyone):.2f}",
-        f"{max(hosts):.0f}" if hosts else "-",
+        ", ".join(f"{max(times):.0f}" for times in hosts_of(everyone)) or "-",
     ]
 
 

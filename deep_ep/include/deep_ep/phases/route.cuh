@@ -83,7 +83,8 @@ EP_DEVICE void route_step(const Router& router, uint32_t epoch, const Abreast& a
   if constexpr (kFrom == PlacesFrom::kSelections) {
     position = count_in(counts.experts(warp), routed.expert, num_bits_below(counts.num_experts));
     if (routed.expert >= 0) position += router.tables.expert_below[routed.expert];
-    int slot = count_in(counts.ranks(warp), selection.speaks ? selection.rank : -1, num_bits_below(router.window.num_ranks));
+    int slot =
+        count_in(counts.ranks(warp), selection.speaks ? selection.rank : -1, num_bits_below(router.window.num_ranks));
     if (selection.speaks) slot += router.tables.rank_below[selection.rank];
     slot = abreast.hear(selection, slot);
     routed.slot = routed.expert >= 0 ? slot : -1;
