@@ -156,7 +156,7 @@ ROLES = {
             tokens_per_counter=256,
         ),
         combine=CombineRoles(send=Crew(2, 6, 1), num_warps=20, send_share=1.0, heralds=True),
-        combine_sums=CombineRoles(send=Crew(5, 2, 1), num_warps=12, send_share=1.0, heralds=False),
+        combine_sums=CombineRoles(send=Crew(6, 2, 1), num_warps=12, send_share=1.0, heralds=False),
         warps_in_place=12,
     ),
     "simulated": RolesOfMachine(

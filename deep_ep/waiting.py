@@ -6,7 +6,8 @@ import select
 import time
 from collections.abc import Callable
 
-EAGER_SECONDS = 0.01  # so long it looks all the time
+BUSY_SECONDS = 0.0005  # so long it does nothing but look; whoever wants the GIL gets it as from any other code
+EAGER_SECONDS = 0.01  # so long it looks all the time, and lets others run between
 LAZY_SHARE, LAZY_SECONDS = 0.01, 0.02  # then it sleeps for a part of what it has waited already, and at most so long
 NOTICE_SHARE, NOTICE_SECONDS = 0.25, 30.0  # it gives notice after this part of its limit, and at the latest by then
 
@@ -45,7 +46,9 @@ class Watch:
         if self._notice is not None and seconds >= self._next_notice_s:
             self._next_notice_s = 2 * seconds
             self._notice(seconds)
+        if seconds < BUSY_SECONDS:
+            return  # a call of the system, be it for nothing, takes up to 80 us on some hosts
         if seconds < EAGER_SECONDS:
-            select.select((), (), (), 0)  # time.sleep(0) takes up to 80 us in some versions of Python
+            select.select((), (), (), 0)  # less than time.sleep(0), since Python 3.11
         else:
             time.sleep(min(LAZY_SHARE * seconds, LAZY_SECONDS))

@@ -3,8 +3,8 @@
 //
 // The first warps of a launch's sending blocks push the rows of other ranks' tokens to their owners' staging regions. As
 // many more may announce what has been sent. All other warps add the parts of this rank's tokens as they arrive; its own
-// part comes straight from x. A few warps with deep rings fill the link; adding takes no shared memory, so all fit into
-// one block.
+// part comes straight from x. Who has nothing more to send helps them. A few warps with deep rings fill the link; adding
+// takes no shared memory, so all fit into one block.
 //
 // Rows in registered memory are not sent (in_place.cuh): all warps add, and read the peers' rows where they lie. The call
 // ends when all peers have read this rank's.
@@ -12,7 +12,6 @@
 // Rows of the expanded layout are added on the rank that has them before they travel, or travel one by one: a kernel is
 // compiled for one way to return (results.cuh).
 
-#include <deep_ep/phases/admit.cuh>
 #include <deep_ep/phases/agree.cuh>
 #include <deep_ep/phases/push_rows.cuh>
 #include <deep_ep/phases/reduce.cuh>
@@ -48,11 +47,14 @@ template <CombineConfig C>
 EP_DEVICE void send(const CombineArgs& a, uint32_t epoch, Mailbox& box) {
   constexpr By kBy = C.num_heralds > 0 ? By::kHerald : By::kSender;
   const int warp = device::warp_idx();
-  if (!admit_warp(a.window, epoch, a.patience)) return Announcer<kBy>(a.window, epoch, box).finish();
   using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
   char* rings = device::shared_memory<char>(Mailbox::bytes(C.num_send_warps));
   const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.stage_bytes);
-  push_rows<C.returned, kBy>(ring, a.window, a.results, a.routing.max_tokens, a.piece_bytes, epoch, box);
+  // Who adds rows has no register left for it.
+  const Team crew{device::block_idx() * C.num_send_warps + warp, a.num_send_blocks * C.num_send_warps};
+  const Team team = C.returned == Return::kSum ? Team{} : crew;
+  push_rows<C.returned, kBy>(ring, a.window, a.results, a.routing.max_tokens, a.piece_bytes, epoch, a.patience, team,
+                             box);
 }
 
 template <CombineConfig C>
@@ -73,21 +75,23 @@ EP_DEVICE void combine(const CombineArgs& a) {
   }
   if (sender) open_mailboxes(boxes, C.num_send_warps);
   device::sync_block();
+  const auto add = [&](const Found& found) {
+    reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, found, a.combined);
+  };
   if constexpr (kInPlace) {
     // Peers' memory is read, so all warps wait for the answer.
     Found found;
-    if (agree(a.window, epoch, plan, a.patience) && find_rows(a.window, epoch, a.patience, found)) {
-      reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, found, a.combined);
-    }
+    if (agree(a.window, epoch, plan, a.patience) && find_rows(a.window, epoch, a.patience, found)) add(found);
   } else if (sender && warp < C.num_send_warps) {
     send<C>(a, epoch, boxes[warp]);
+    if (C.returned == Return::kSum) add({});
   } else if (sender && warp < C.num_send_warps + C.num_heralds) {
     announce(a.window, epoch, boxes[warp - C.num_send_warps]);
   } else {
     // Nothing is indexed by what arrives, so only one warp waits for the answer; the others do its work meanwhile.
     const bool asks = device::block_idx() == 0 && warp == C.num_warps - 1;
     if (asks) agree(a.window, epoch, plan, a.patience);
-    reduce<C.returned>(a.window, epoch, a.patience, a.routing, a.slots, a.results, {}, a.combined);
+    add({});
   }
   retire<kInPlace>(a.window, epoch, a.patience, device::num_blocks());
 }

@@ -136,7 +136,8 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     if (sender && good && warp < C.num_send_warps) {
       using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
       const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
-      scatter(ring, a.window, a.routing, a.rows, a.scales, a.record, a.send_piece_bytes, epoch, boxes[warp]);
+      const Team team{device::block_idx() * C.num_send_warps + warp, a.num_send_blocks * C.num_send_warps};
+      scatter(ring, a.window, a.routing, a.rows, a.scales, a.record, a.send_piece_bytes, epoch, boxes[warp], team);
     } else if (sender && good && warp < 2 * C.num_send_warps) {
       announce(a.window, epoch, boxes[warp - C.num_send_warps]);
     }

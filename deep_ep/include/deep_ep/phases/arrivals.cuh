@@ -32,6 +32,7 @@ class Arrivals {
     const int source = device::lane_idx();
     const bool counts = source < window.num_ranks && (source == window.rank) == (from == From::kSelf);
     items_ = device::reduce_max(counts ? tables.tokens_of[source] : 0) * num_sources();
+    look_ahead();
   }
 
   // Takes a token that has come, if there is one; kUntilOneHasCome waits for one if any are to come.

@@ -12,17 +12,24 @@
 
 namespace deep_ep {
 
-// Numbers 0, 1, 2, ... divided among the warps that share a queue. The next one is asked for while the last is in use.
+struct Team {
+  int own = -1, count = 0;  // this warp's number, and how many there are; unless given, there is no team
+};
+
+// Numbers 0, 1, 2, ... divided among the warps that share a queue. A warp asks for the next one while the last is in use. In
+// a team each begins with its own, so that nobody waits for the first.
 class Claims {
  public:
-  EP_DEVICE Claims(const Window& window, Queue queue)
-      : counter_(&control(window, window.rank).claimed[static_cast<int>(queue)]) {
-    ask();
+  EP_DEVICE Claims(const Window& window, Queue queue, Team team = {})
+      : counter_(&control(window, window.rank).claimed[static_cast<int>(queue)]),
+        behind_(team.count),
+        asked_(static_cast<uint32_t>(team.own - team.count)) {
+    if (team.own < 0) ask();
   }
 
   // Collective over the warp.
   EP_DEVICE int take() {
-    const int item = static_cast<int>(device::shuffle(asked_, 0));
+    const int item = behind_ + static_cast<int>(device::shuffle(asked_, 0));
     ask();
     return item;
   }
@@ -33,7 +40,8 @@ class Claims {
   }
 
   uint32_t* counter_;
-  uint32_t asked_ = 0;
+  int behind_;      // of all that are asked for
+  uint32_t asked_;  // lane 0's: the next one, without that
 };
 
 }  // namespace deep_ep

@@ -21,24 +21,30 @@ EP_DEVICE void collect(const Window& window, uint32_t epoch, int experts_per_ran
 
   // Of each source, its tokens and then its counts.
   const int num_words = 1 + experts_per_rank, num_items = window.num_ranks * num_words;
+  int from = 0, index = lane;  // of the word at hand
+  const auto turn = [&](int words) {
+    EP_NO_UNROLL
+    for (index += words; index >= num_words; index -= num_words) ++from;
+  };
+  turn(0);
   EP_NO_UNROLL
   for (int first = lane; first < num_items; first += 32 * kTogether) {
     const int count = (num_items - first + 31) / 32;
     const uint64_t* words[kTogether];
-    int values[kTogether];
-    const auto source = [&](int j) { return (first + 32 * j) / num_words; };
+    int* places[kTogether];
+    int sources[kTogether], values[kTogether];
     for (int j = 0; j < kTogether; ++j) {
-      const int i = first + 32 * j, index = i % num_words;
-      const int at = index == 0 ? message_word::kTokens : message_word::kExperts + index - 1;
-      words[j] = message(window, window.rank, i / num_words) + at;
+      const int word = index == 0 ? message_word::kTokens : message_word::kExperts + index - 1;
+      words[j] = message(window, window.rank, from) + word;
+      places[j] = index == 0 ? tables.row_base + from + 1 : tables.expert_row + from * experts_per_rank + index - 1;
+      sources[j] = from;
+      turn(32);
     }
     const auto at = [&](int j) { return words[j]; };
+    const auto source = [&](int j) { return sources[j]; };
     const bool all_came = await_words(count, at, source, epoch, patience, phase::kCollect, values);
     if (!all_came) tables.take_back(Ok::kLearns);
-    for (int j = 0; j < kTogether && j < count; ++j) {
-      const int expert = (first + 32 * j) % num_words - 1, from = source(j), value = all_came ? values[j] : 0;
-      (expert < 0 ? tables.row_base + from + 1 : tables.expert_row + from * experts_per_rank + expert)[0] = value;
-    }
+    for (int j = 0; j < kTogether && j < count; ++j) *places[j] = all_came ? values[j] : 0;
   }
   device::sync_warp();
 

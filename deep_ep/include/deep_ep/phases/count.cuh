@@ -73,14 +73,15 @@ EP_DEVICE void count_share(const Routing& routing, int warp, Range share, const 
       const int64_t entry = abreast.entry(begin + step * abreast.tokens, share.end);
       experts[step] = entry >= 0 ? routing.expert(entry) : -1;
     }
-    for (int step = 0; step < kStepsAhead; ++step) {
-      const int first = begin + step * abreast.tokens;
-      if (first >= share.end) break;
+    const int last = min_of(begin + kStepsAhead * abreast.tokens, share.end);
+    EP_NO_UNROLL
+    for (int first = begin; first < last; first += abreast.tokens) {
       const int64_t entry = abreast.entry(first, share.end);
       if (kept_idx != nullptr && entry >= 0) routing.copy(entry, kept_idx);
-      const Selection selection = abreast.select(routing, experts[step]);
-      if (experts[step] >= 0) device::fetch_add_shared(counts.experts(warp) + experts[step], 1);
+      const Selection selection = abreast.select(routing, experts[0]);
+      if (experts[0] >= 0) device::fetch_add_shared(counts.experts(warp) + experts[0], 1);
       if (selection.speaks) device::fetch_add_shared(counts.ranks(warp) + selection.rank, 1);
+      for (int step = 1; step < kStepsAhead; ++step) experts[step - 1] = experts[step];
     }
   }
 }
@@ -89,13 +90,16 @@ EP_DEVICE void count_share(const Routing& routing, int warp, Range share, const 
 EP_DEVICE void sum_over_warps(int num_warps, int num_experts, const WarpCounts& counts, const Tables& tables) {
   EP_NO_UNROLL
   for (int i = device::thread_idx(); i < num_experts + kMaxRanks; i += num_counting_threads()) {
+    constexpr int kTogether = 4;  // warps whose counts are asked for at once
     int total = 0;
     EP_NO_UNROLL
-    for (int warp = 0; warp < num_warps; ++warp) {
-      int& count = counts.experts(warp)[i];  // ranks follow experts
-      const int own = count;
-      count = total;
-      total += own;
+    for (int first = 0; first < num_warps; first += kTogether) {
+      int own[kTogether];
+      for (int j = 0; j < kTogether; ++j) own[j] = first + j < num_warps ? counts.experts(first + j)[i] : 0;
+      for (int j = 0; j < kTogether && first + j < num_warps; ++j) {
+        counts.experts(first + j)[i] = total;  // ranks follow experts
+        total += own[j];
+      }
     }
     (i < num_experts ? tables.expert_below + i : tables.rank_below + i - num_experts)[0] = total;
   }

@@ -1,9 +1,10 @@
 #pragma once
 // reads         rows of x that belong to tokens of other ranks, and their weights
 // writes        staged records at those ranks
-// waits for     its own bulk stores (admit has let us in)
+// waits for     every peer to have read what this rank sent it before; its own bulk stores
 // leaves behind at each owner all that a token sends there, which is announced (announce.cuh)
 
+#include <deep_ep/phases/admit.cuh>
 #include <deep_ep/phases/announce.cuh>
 #include <deep_ep/phases/claims.cuh>
 #include <deep_ep/phases/results.cuh>
@@ -25,7 +26,8 @@ struct Parcel {
 // The tokens that are to be sent: the first of each owner, then the second of each, ... A warp takes one at a time.
 class Owed {
  public:
-  EP_DEVICE Owed(const Window& window, const RowsByOwner& by_owner) : window_(window), claims_(window, Queue::kSend) {
+  EP_DEVICE Owed(const Window& window, const RowsByOwner& by_owner, const Team& team)
+      : window_(window), claims_(window, Queue::kSend, team) {
     const int lane = device::lane_idx();
     if (lane < window.num_ranks) begin_of_lane_ = by_owner.begin(lane);
     if (lane < window.num_ranks && lane != window.rank) count_of_lane_ = by_owner.count(lane);
@@ -56,7 +58,7 @@ class Owed {
 
 // Adds `bytes` of the rows that the lanes in `lanes` point to, into a stage.
 EP_DEVICE void add_into(char* stage, uint32_t lanes, const char* row_of_lane, int bytes) {
-  constexpr Grasp kAtOnce = kGrasp<Return::kSum>;
+  constexpr Grasp kAtOnce = kSendersGrasp;
   for_columns<kAtOnce.vectors>(0, bytes, [&](const auto& at) {
     auto sum = empty_sum(at);
     sum.template add_lanes<kAtOnce.rows>(lanes, row_of_lane, at);
@@ -79,13 +81,15 @@ EP_DEVICE Parcel next_parcel(Owed& owed, const Results& results, int max_tokens)
 
 template <Return kReturn, By kBy, class Ring>
 EP_DEVICE void push_rows(const Ring& ring, const Window& window, const Results& results, int max_tokens,
-                         int piece_bytes, uint32_t epoch, Mailbox& box) {
+                         int piece_bytes, uint32_t epoch, const device::Patience& patience, const Team& team,
+                         Mailbox& box) {
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = results.num_topk;
   const int num_weights = kReturn == Return::kEveryRow ? 1 : num_topk;
   Announcer<kBy> announcer(window, epoch, box);
-  Owed owed(window, results.by_owner);
+  Owed owed(window, results.by_owner, team);
   Parcel parcel, next = next_parcel<kReturn>(owed, results, max_tokens);
+  if (!admit_warp(window, epoch, patience)) return announcer.finish();
   uint32_t left = 0;  // the lanes whose rows are still to be sent; one lane, where one row stands for all
   int offset = 0;
 

@@ -60,20 +60,21 @@ EP_DEVICE void add_columns(const Combined& out, int token, const Parts& parts, c
 
 // What a warp takes at a time, by the number of its claim: a token. Of the last tokens it takes a part, as much as a warp
 // loads at once: a whole row takes several trips to memory, one after the other, and other warps have nothing to do then.
-template <bool kSharesOut>
 struct Jobs {
   int num_tokens, row_bytes;
   int whole, parts, part_bytes;  // tokens that are taken whole; of the others, the parts of each
 
   EP_DEVICE static Jobs of(int num_tokens, int row_bytes, int part_bytes) {
-    if constexpr (!kSharesOut) return {num_tokens, row_bytes, num_tokens, 1, row_bytes};
     const int num_warps = device::num_blocks() * device::num_threads() / 32;
-    const int parts = (row_bytes + part_bytes - 1) / part_bytes, shared = (num_warps + parts - 1) / parts;
-    const bool few = num_tokens <= 3 * shared;
-    return {num_tokens, row_bytes, few ? 0 : num_tokens - shared, parts, part_bytes};
+    const int most = (row_bytes + part_bytes - 1) / part_bytes, shared = (num_warps + most - 1) / most;
+    if (num_tokens > 3 * shared) return {num_tokens, row_bytes, num_tokens - shared, most, part_bytes};
+    // So few that no warp takes more than one part, if that can be: each costs a claim and a look at a mark.
+    const int parts = num_tokens * most <= num_warps ? most : num_tokens < num_warps ? num_warps / num_tokens : 1;
+    const int at_once = (most + parts - 1) / parts;
+    return {num_tokens, row_bytes, 0, (most + at_once - 1) / at_once, at_once * part_bytes};
   }
 
-  EP_DEVICE bool is_whole(int job) const { return !kSharesOut || job < whole; }
+  EP_DEVICE bool is_whole(int job) const { return job < whole; }
   EP_DEVICE int end() const { return whole + (num_tokens - whole) * parts; }
   EP_DEVICE int token(int job) const { return is_whole(job) ? job : whole + (job - whole) / parts; }
   EP_DEVICE int first_byte(int job) const { return is_whole(job) ? 0 : (job - whole) % parts * part_bytes; }
@@ -91,8 +92,7 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
   const Record& record = results.record;
   const int lane = device::lane_idx(), num_topk = routing.num_topk;
   const int own_tokens = results.by_owner.begin(window.rank);
-  using SharedJobs = Jobs<kIsPlain<kReturn>>;
-  const SharedJobs jobs = SharedJobs::of(routing.num_tokens, record.row_bytes, kAtOnce.vectors * kStride);
+  const Jobs jobs = Jobs::of(routing.num_tokens, record.row_bytes, kAtOnce.vectors * kStride);
   Claims claims(window, Queue::kReceive);
   const auto own_row_of = [&](const Choice& choice) {
     const bool own = choice.expert >= 0 && routing.rank_of(choice.expert) == window.rank;

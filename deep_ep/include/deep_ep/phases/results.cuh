@@ -15,19 +15,14 @@ enum class Return {
   kEveryRow,  // expanded layout: each of them, in a record of its own
 };
 
-// Nothing but what a warp has under way hides what memory takes. Where rows of one rank are added there are many, and few
-// warps with many registers each do best (docs/performance.md). For Blackwell, ptxas would spill with several rows.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr Grasp kManyRows = {.vectors = 8, .rows = 1};
-#else
-constexpr Grasp kManyRows = {.vectors = 4, .rows = 4};
-#endif
 template <Return kReturn>
 constexpr bool kIsPlain = kReturn == Return::kRow || kReturn == Return::kInPlace;
 
-// What a peer's memory takes is longest.
+// Of many rows that lie far apart long pieces are added best, of few rows at once (docs/performance.md). Who sends sums has
+// registers for two, who makes a token's sum for one. What a peer's memory takes is longest.
+constexpr Grasp kSendersGrasp = {.vectors = 7, .rows = 2};
 template <Return kReturn>
-constexpr Grasp kGrasp = kReturn == Return::kSum       ? kManyRows
+constexpr Grasp kGrasp = kReturn == Return::kSum       ? Grasp{.vectors = 7, .rows = 1}
                          : kReturn == Return::kInPlace ? Grasp{.vectors = 7, .rows = 2}
                                                        : Grasp{.vectors = 4, .rows = 2};
 

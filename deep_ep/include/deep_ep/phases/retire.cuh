@@ -34,11 +34,14 @@ EP_DEVICE void retire(const Window& window, uint32_t epoch, const device::Patien
   if (device::reduce_max(static_cast<int>(before)) + num_ended != num_blocks) return;
   device::sync_warp();
   const int lane = device::lane_idx();
+  uint32_t gave_up = device::load_relaxed_gpu(&own.gave_up);  // asked for before the release, which takes its time
   if (lane < window.num_ranks && lane != window.rank) {
     device::store_release_sys(&control(window, lane).drained[window.rank], epoch);
   }
-  if constexpr (kInPlace) await_readers(window, epoch, patience);
-  const uint32_t gave_up = device::load_relaxed_gpu(&own.gave_up);
+  if constexpr (kInPlace) {
+    await_readers(window, epoch, patience);
+    gave_up = device::load_relaxed_gpu(&own.gave_up);
+  }
   // Whoever comes too late must not end well with rows that are something else by then: it waits for this mark in vain.
   if (kInPlace && gave_up != 0 && lane < window.num_ranks && lane != window.rank) {
     device::store_release_sys(&control(window, lane).drained[window.rank], epoch - 1);

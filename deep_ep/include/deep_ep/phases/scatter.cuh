@@ -18,10 +18,11 @@ namespace deep_ep {
 
 template <class Ring>
 EP_DEVICE void scatter(const Ring& ring, const Window& window, const Routing& routing, const Rows& rows,
-                       const Scales& scales, const Record& record, int piece_bytes, uint32_t epoch, Mailbox& box) {
+                       const Scales& scales, const Record& record, int piece_bytes, uint32_t epoch, Mailbox& box,
+                       const Team& team) {
   const int lane = device::lane_idx();
   Announcer<By::kHerald> announcer(window, epoch, box);
-  Claims claims(window, Queue::kSend);
+  Claims claims(window, Queue::kSend, team);
   int ahead = -1, token = -1, offset = 0;  // ahead: the token after the one being loaded, if known
   uint32_t ranks = 0;                      // the peers that the token goes to
   Choice next;

@@ -27,15 +27,13 @@ EP_DEVICE bool await_words(int count, At at, Peer peer, uint32_t epoch, const de
   return device::wait_until_equals(patience, waiting, [&] {
     uint64_t seen[kWords];
     for (int j = 0; j < kWords; ++j) seen[j] = j < count ? device::load_relaxed_sys(at(j)) : word(0, epoch);
-    int missing = -1;
     uint32_t found = epoch;
     for (int j = 0; j < kWords; ++j) {
       values[j] = static_cast<int>(static_cast<uint32_t>(seen[j]));
       if (static_cast<uint32_t>(seen[j] >> 32) == epoch) continue;
-      missing = j;
       found = static_cast<uint32_t>(seen[j] >> 32);
+      waiting.peer = peer(j);  // whom a record of this wait is to name
     }
-    if (missing >= 0) waiting.peer = peer(missing);  // whom a record of this wait is to name
     return found;
   });
 }
