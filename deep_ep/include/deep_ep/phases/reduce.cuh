@@ -66,12 +66,9 @@ struct Jobs {
 
   EP_DEVICE static Jobs of(int num_tokens, int row_bytes, int part_bytes) {
     const int num_warps = device::num_blocks() * device::num_threads() / 32;
-    const int most = (row_bytes + part_bytes - 1) / part_bytes, shared = (num_warps + most - 1) / most;
-    if (num_tokens > 3 * shared) return {num_tokens, row_bytes, num_tokens - shared, most, part_bytes};
-    // So few that no warp takes more than one part, if that can be: each costs a claim and a look at a mark.
-    const int parts = num_tokens * most <= num_warps ? most : num_tokens < num_warps ? num_warps / num_tokens : 1;
-    const int at_once = (most + parts - 1) / parts;
-    return {num_tokens, row_bytes, 0, (most + at_once - 1) / at_once, at_once * part_bytes};
+    const int parts = (row_bytes + part_bytes - 1) / part_bytes, shared = (num_warps + parts - 1) / parts;
+    const bool few = num_tokens <= 3 * shared;
+    return {num_tokens, row_bytes, few ? 0 : num_tokens - shared, parts, part_bytes};
   }
 
   EP_DEVICE bool is_whole(int job) const { return job < whole; }
@@ -110,10 +107,8 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
     const Selection selection = select(routing, choice.expert);
     const bool chosen = selection.rank >= 0, own = selection.rank == window.rank;
     const int received = own_tokens + choice.slot, own_row = next_own_row;
-    if constexpr (!kInPlace) {  // while the mark is looked at
-      const bool is_added = !kIsPlain<kReturn> || selection.speaks;
-      prefetch(results, is_added ? own_row : -1, jobs.first_byte(job), jobs.last_byte(job));
-    }
+    // While the mark is looked at. Where single rows are added, the engine that fetches them has senders to serve.
+    if constexpr (kReturn == Return::kSum) prefetch(results, own_row, jobs.first_byte(job), jobs.last_byte(job));
 
     bool came = true;
     if (!kInPlace && selection.speaks && !own) {
