@@ -58,7 +58,7 @@ class Speeds:
     memory: float = MEMORY_GBS
     load: float = 150.0
     store: float = 55.0
-    add: float = 85.0
+    add: float = 97.0
     """Loads of expanded rows that are added before they travel: by threads, many rows at once."""
     fetch: float = 33.0
     """Loads of peers' rows that are added: by threads too, which wait for the link."""

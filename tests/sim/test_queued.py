@@ -120,7 +120,7 @@ def test_the_operation_ends_without_the_half_that_is_not_launched(num_sms: int, 
 @pytest.mark.parametrize("_fresh_memory", ANYTHING[:1], indirect=True)
 def test_who_goes_on_crashes(tmp_path: Path) -> None:
     """The planted bug: a combine that does not look whether the buffer is broken."""
-    gone = "  if (is_broken(a.window)) return;\n"
+    gone = "  if (is_void) return;\n"
     bug = bugs.Bug("goes-on", "kernels/combine.cuh", gone, "", "", race_detector=False)
     with pytest.raises(
         EPError, match=r"simulated launch failed with seed \d+: (crash|an access to .* no memory of this world)"

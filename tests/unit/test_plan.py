@@ -83,7 +83,8 @@ def test_roles_are_possible(roles: RolesOfMachine) -> None:
     assert roles.dispatch.num_threads <= 1024
     for division in (roles.combine, roles.combine_sums):
         assert division.num_threads <= 1024
-        assert 2 * division.send.num_warps < division.num_warps, "where every block sends, its other warps add"
+        beside = 2 if division.heralds else 1
+        assert beside * division.send.num_warps < division.num_warps, "where every block sends, some of its warps add"
 
 
 @given(

@@ -52,7 +52,8 @@ SWEEPS = [
     Sweep("dispatch bf16", Kind.DISPATCH, 8192, BF16, {16: 555.7, 24: 384.3, 48: 354.2}),
     Sweep("combine", Kind.COMBINE, 8192, BF16, {16: 402.8, 24: 355.6, 48: 360.7}),
 ]
-# The same kind of host and day, the kernels after notes 27 to 33 there, which land labels by warps of their own.
+# The same kind of host and day, the kernels after notes 27 to 33 there, which land labels by warps of their own. Sums
+# of expanded rows were still others.
 LATER = [
     Sweep("later dispatch", Kind.DISPATCH, 4096, FP8, {16: 168.1, 24: 117.0, 48: 110.3}),
     Sweep("later dispatch, expanded", Kind.EXPANDED_DISPATCH, 4096, FP8, {16: 369.7, 24: 255.9, 48: 144.3}),
@@ -61,9 +62,26 @@ LATER = [
     Sweep("later dispatch bf16", Kind.DISPATCH, 4096, BF16, {16: 296.9, 24: 202.6, 48: 194.2}),
     Sweep("later combine", Kind.COMBINE, 4096, BF16, {16: 210.3, 24: 196.5, 48: 200.7}),
     Sweep("later combine, in place", Kind.COMBINE_IN_PLACE, 4096, BF16, {16: 213.9, 24: 193.1, 48: 190.5}),
-    Sweep("later combine, expanded", Kind.COMBINE_OF_SUMS, 4096, BF16, {16: 657.1, 24: 478.7, 48: 307.8}),
 ]
-ALL = pytest.mark.parametrize("sweep", [*SWEEPS, *LATER], ids=lambda sweep: f"{sweep.name} {sweep.tokens}")
+# Again, 882b192, after notes 34 to 40.
+LATEST = [
+    Sweep("latest dispatch", Kind.DISPATCH, 4096, FP8, {16: 167.5, 24: 116.8, 48: 110.5, 68: 110.8}),
+    Sweep("latest dispatch, cached", Kind.DISPATCH, 4096, FP8, {16: 156.9, 24: 111.6, 48: 114.8, 68: 111.7}),
+    Sweep("latest dispatch, expanded", Kind.EXPANDED_DISPATCH, 4096, FP8, {16: 368.2, 24: 255.7, 48: 145.1, 68: 126.4}),
+    Sweep(
+        "latest dispatch, cached expanded",
+        Kind.EXPANDED_DISPATCH,
+        4096,
+        FP8,
+        {16: 357.0, 24: 245.2, 48: 133.5, 68: 119.2},
+    ),
+    Sweep("latest dispatch, in place", Kind.DISPATCH_IN_PLACE, 4096, FP8, {16: 124.4, 24: 120.7, 48: 121.0, 68: 122.0}),
+    Sweep("latest dispatch bf16", Kind.DISPATCH, 4096, BF16, {16: 297.5, 24: 202.4, 48: 192.2, 68: 190.9}),
+    Sweep("latest combine", Kind.COMBINE, 4096, BF16, {16: 212.2, 24: 197.6, 48: 200.7, 68: 200.1}),
+    Sweep("latest combine, in place", Kind.COMBINE_IN_PLACE, 4096, BF16, {16: 213.6, 24: 193.7, 48: 191.1, 68: 190.8}),
+    Sweep("latest combine, expanded", Kind.COMBINE_OF_SUMS, 4096, BF16, {16: 534.8, 24: 382.0, 48: 284.2, 68: 284.0}),
+]
+ALL = pytest.mark.parametrize("sweep", [*SWEEPS, *LATER, *LATEST], ids=lambda sweep: f"{sweep.name} {sweep.tokens}")
 
 
 def law(sweep: Sweep, sms: int) -> float:
@@ -112,17 +130,19 @@ def test_no_choice_is_far_off_whatever_lies_between(sweep: Sweep) -> None:
 
 @ALL
 def test_fewer_would_not_do(sweep: Sweep) -> None:
-    """SMs are taken from who computes."""
-    fewest = min(sms for sms in range(min(sweep.times), 133) if law(sweep, sms) <= law(sweep, 132) * (1 + WITHIN))
-    assert fewest <= choice(sweep) <= 1.25 * fewest
+    """SMs are taken from who computes. The law may say too few, since times bend slowly; straight lines too many."""
+    enough = min(law(sweep, 132), *sweep.times.values()) * (1 + WITHIN)
+    fewest = min(sms for sms in range(min(sweep.times), 133) if law(sweep, sms) <= enough)
+    surely = min((sms for sms in range(min(sweep.times), 133) if straight(sweep, sms) <= enough), default=fewest)
+    assert fewest <= choice(sweep) <= 1.25 * surely
 
 
 def test_numbers() -> None:
     """Those of the documentation."""
     by_kind = [[num_sms(kind, num_ranks, 8, H200) for kind in Kind] for num_ranks in (2, 4, 8)]
     assert by_kind == [
-        [28, 68, 20, 60, 22, 22, 52, 16],
-        [22, 32, 14, 24, 16, 16, 26, 14],
+        [28, 68, 20, 60, 22, 22, 46, 16],
+        [22, 32, 14, 24, 16, 16, 24, 14],
         [20, 24, 12, 16, 14, 14, 18, 14],
     ]
 
@@ -173,7 +193,7 @@ def test_memory_may_be_the_limit() -> None:
     """An H100's is, for an expanded dispatch between two of them."""
     h100 = Speeds.of(None, 18 * 26.5625, 3352.0)
     assert h100.link == H200.link
-    assert [num_sms(kind, 2, 8, h100) for kind in Kind] == [28, 50, 20, 48, 22, 22, 40, 16]
+    assert [num_sms(kind, 2, 8, h100) for kind in Kind] == [28, 50, 20, 48, 22, 22, 38, 16]
 
 
 def test_speeds_of_a_machine() -> None:

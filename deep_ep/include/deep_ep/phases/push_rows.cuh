@@ -58,7 +58,7 @@ class Owed {
 
 // Adds `bytes` of the rows that the lanes in `lanes` point to, into a stage.
 EP_DEVICE void add_into(char* stage, uint32_t lanes, const char* row_of_lane, int bytes) {
-  constexpr Grasp kAtOnce = kSendersGrasp;
+  constexpr Grasp kAtOnce = kGrasp<Return::kSum>;
   for_columns<kAtOnce.vectors>(0, bytes, [&](const auto& at) {
     auto sum = empty_sum(at);
     sum.template add_lanes<kAtOnce.rows>(lanes, row_of_lane, at);

@@ -18,9 +18,8 @@ enum class Return {
 template <Return kReturn>
 constexpr bool kIsPlain = kReturn == Return::kRow || kReturn == Return::kInPlace;
 
-// Of many rows that lie far apart long pieces are added best, of few rows at once (docs/performance.md). Who sends sums has
-// registers for two, who makes a token's sum for one. What a peer's memory takes is longest.
-constexpr Grasp kSendersGrasp = {.vectors = 7, .rows = 2};
+// Of many rows that lie far apart long pieces are added best, one after the other; of few rows, pieces of two at once. What a
+// peer's memory takes is longest (docs/performance.md).
 template <Return kReturn>
 constexpr Grasp kGrasp = kReturn == Return::kSum       ? Grasp{.vectors = 7, .rows = 1}
                          : kReturn == Return::kInPlace ? Grasp{.vectors = 7, .rows = 2}
