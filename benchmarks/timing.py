@@ -22,7 +22,7 @@ PROFILED = 5  # calls, or replays of a graph, under the profiler
 
 OURS = "deep_ep_"  # how the names of this package's kernels begin (deep_ep/jit/source.py)
 
-Call = Callable[[], Any]
+Call = Callable[..., Any]
 
 
 class Stopwatch:

@@ -137,9 +137,9 @@ class SideStream:
 
     @contextmanager
     def beside(self, stream: torch.cuda.Stream | None) -> Iterator[torch.cuda.Stream | None]:
-        """The context of launches on the side stream. They come after what was queued on ``stream``, the call's own,
-        before it, and before what is queued there behind it, however it ends. So whoever frees or writes their tensors
-        need not know of the side stream."""
+        """The context of launches on the side stream. They run after what ``stream``, the call's own, was given before
+        this context, and before what it is given behind it, however the context ends: after an error, too, what was
+        launched may still run. So whoever frees or writes their tensors need not know of the side stream."""
         if self._comm_stream is None or stream is None:
             yield None
             return

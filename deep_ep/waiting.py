@@ -41,7 +41,8 @@ class Watch:
         return self.seconds > self.limit_s
 
     def pause(self) -> None:
-        """Sleep a little, and give notice when it is time. Other threads get the GIL, and Ctrl-C gets through."""
+        """Between two looks: give notice when it is time, and, after the first moments, sleep a little, so that other
+        threads get the GIL. Ctrl-C gets through."""
         seconds = self.seconds
         if self._notice is not None and seconds >= self._next_notice_s:
             self._next_notice_s = 2 * seconds

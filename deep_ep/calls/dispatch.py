@@ -243,13 +243,14 @@ class Call:
     def launch(self, parts: list[Part], reads: Tensors, writes: Tensors, stream: Any = None) -> None:
         """Launch all parts, on the call's stream or on another. ``reads``, ``writes``: beside those of every launch."""
         payload, args = self.request.payload, self.args
-        for launch, division, num_blocks in parts:
-            args.num_blocks = num_blocks
+        for part in parts:
+            division = part.division
+            args.num_blocks = part.num_blocks
             args.num_send_blocks = division.num_send_blocks
             args.num_receive_blocks = division.num_receive_blocks
             args.first_count_block = division.first_count_block
             self.endpoint.launch(
-                launch,
+                part.launch,
                 args,
                 order=self.order,
                 reads=(payload.rows, payload.scales, self.weights, self.topk_idx, *reads),
@@ -303,8 +304,7 @@ def _find_routes(call: Call) -> DispatchResult:
             order.wait_for(request.timing.previous_event_before_epilogue)
             if request.exact_sizes:
                 tokens, selections = endpoint.wait_for_counts(local_experts)
-                if (to := routing.alignment) > 1:
-                    selections = [-(-count // to) * to for count in selections]
+                selections = [layout.align(count, routing.alignment) for count in selections]
                 sizes = Sizes(tokens, sum(selections))
             with call.allocation():
                 outputs = call.allocate(sizes)

@@ -435,7 +435,7 @@ class Endpoint:
         return self._counts.address
 
     def wait_for_counts(self, local_experts: int) -> tuple[int, list[int]]:
-        """Rows that will arrive, and selections of each local expert. Gives the GIL away while it waits."""
+        """Rows that will arrive, and selections of each local expert. Gives the GIL away if it waits long."""
         with self.named("wait for counts"):
             words = self._wait_for_counts()
         return int(words[1]), words[HOST_COUNTS : HOST_COUNTS + local_experts].tolist()

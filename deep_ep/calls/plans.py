@@ -8,6 +8,7 @@ from typing import NamedTuple
 from deep_ep import layout, plan
 from deep_ep.calls.endpoint import Endpoint, Launch
 from deep_ep.calls.received import Sizes
+from deep_ep.jit import Kernel
 from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing
 from deep_ep.ops.combine import CombineArgs, Combined, Results, Return, combine_kernel, combine_roles
 from deep_ep.ops.dispatch import DispatchArgs, Layout, Padding, PlacesFrom, Received, dispatch_kernel
@@ -106,17 +107,18 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
         divisions = (roles.division(num_blocks, shape.num_tokens, traffic, shape.has_handle),)
     halves = divisions if len(divisions) > 1 else divisions[0].halves
 
-    def parts(divisions: tuple[plan.Division, ...]) -> list[Part]:
-        num_in_all = sum(each.num_blocks for each in divisions)
-        return [Part(Launch(kernel, each.num_blocks, memory.shared_bytes), each, num_in_all) for each in divisions]
-
     return DispatchPlan(
-        whole=parts(divisions),
-        halves=parts(halves),
+        whole=_parts(kernel, memory.shared_bytes, divisions),
+        halves=_parts(kernel, memory.shared_bytes, halves),
         halves_overlap=halves[0].num_send_blocks + halves[1].num_blocks <= num_blocks,
         worst=Sizes.worst(shape.max_tokens, num_ranks, shape.num_topk, local_experts, shape.alignment),
         args=args,
     )
+
+
+def _parts(kernel: Kernel, shared_bytes: int, divisions: tuple[plan.Division, ...]) -> list[Part]:
+    num_blocks = sum(each.num_blocks for each in divisions)
+    return [Part(Launch(kernel, each.num_blocks, shared_bytes), each, num_blocks) for each in divisions]
 
 
 class CombineShape(NamedTuple):

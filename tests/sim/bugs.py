@@ -152,7 +152,8 @@ BUGS = (
     # Synchronisation of warps and blocks.
     Bug("reduce-without-sync", "phases/reduce.cuh", "device::sync_warp();  // one lane has acquired for all", "", RACE),
     Bug("ring-without-sync", "phases/ring.cuh", SYNC_WARP, "", RACE, times=3),
-    Bug("count-without-sync", "phases/count.cuh", "  device::sync_warp();\n", "", RACE, times=3),
+    Bug("count-without-sync", "phases/count.cuh", "  device::sync_warp();\n", "", RACE),
+    Bug("count-in-without-sync", "phases/route.cuh", "number] : 0;\n  device::sync_warp();\n", "number] : 0;\n", RACE),
     Bug("route-without-sync", "phases/route.cuh", SYNC_WARP, "", RACE, times=2),
     Bug("announce-oneself-without-sync", "phases/announce.cuh", "device::sync_warp();  // one lane has waited for all",
         "", RACE, num_tokens=MANY_TOKENS, combining=SUMS),
@@ -171,7 +172,7 @@ BUGS = (
     ),
     Bug("one-row-of-padding-too-many", "phases/blank.cuh", "start + align_up(count, alignment)",
         "start + align_up(count, alignment) + 1", ""),
-    Bug("count-oneself-twice", "phases/count.cuh", "return before + device::popcount(same & device::lanes_below())",
+    Bug("count-oneself-twice", "phases/route.cuh", "return before + device::popcount(same & device::lanes_below())",
         "return before + device::popcount(same & device::lanes_below()) + 1", ""),
     # Who asks what the others call, and tells of it.
     Bug("agree-with-anything", "phases/agree.cuh", "device::ballot(came && theirs != mine && item != kTokensItem)",

@@ -85,12 +85,13 @@ void check_range(const char* what, const void* address, int num_bytes, Side side
   }
 }
 
-// A copy by the running fiber; the caller adds where its completion counts.
 void check_size(int num_bytes, const Site& site) {
   if (num_bytes > 0 && num_bytes % 16 == 0) return;
-  scheduler.fail(site, "a bulk copy of " + std::to_string(num_bytes) + " bytes; sizes are positive multiples of 16");
+  scheduler.fail(
+      site, "a bulk copy or prefetch of " + std::to_string(num_bytes) + " bytes; sizes are positive multiples of 16");
 }
 
+// A copy by the running fiber; the caller adds where its completion counts.
 Copy& issue(bool is_load, void* destination, const void* source, int num_bytes, const Site& site, void* pc) {
   Fiber& fiber = scheduler.current();
   fiber.site = site;

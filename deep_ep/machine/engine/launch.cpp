@@ -180,7 +180,7 @@ void add_grid(Stage& stage, const LaunchRequest& request) {
   }
 }
 
-// The most that grids which run together take, of what `taken` says of one.
+// `taken` says what one grid takes; the most that those which run together do.
 template <class Taken>
 std::size_t most_together(const Stream& stream, Taken taken) {
   int most = 0, together = 0;

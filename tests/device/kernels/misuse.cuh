@@ -13,6 +13,8 @@ enum Misuse {
   kBulkOutOfBounds,
   kBulkMisaligned,
   kBulkSize,
+  kPrefetchSize,
+  kPrefetchOutOfBounds,
   kUnfencedMbarrier,
   kUninitialisedMbarrier,
   kOutOfBounds,
@@ -65,6 +67,8 @@ EP_DEVICE void misuse(const ProbeArgs& args) {
   if constexpr (C.variant == kBulkOutOfBounds) d::bulk_store(args.window + 4096 - 16, shared, 32);
   if constexpr (C.variant == kBulkMisaligned) d::bulk_store(args.window + 8, shared, 32);
   if constexpr (C.variant == kBulkSize) d::bulk_store(args.window, shared, 24);
+  if constexpr (C.variant == kPrefetchSize) d::bulk_prefetch(args.window, 24);
+  if constexpr (C.variant == kPrefetchOutOfBounds) d::bulk_prefetch(args.window + 4096 - 16, 32);
   if constexpr (C.variant == kUnfencedMbarrier || C.variant == kLoadUnderWay) {
     d::mbarrier_init(barrier, 1);
     if constexpr (C.variant == kLoadUnderWay) d::fence_mbarrier_init();

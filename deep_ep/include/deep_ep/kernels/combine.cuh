@@ -3,7 +3,7 @@
 //
 // The first warps of a launch's sending blocks push the rows of other ranks' tokens to their owners' staging regions. As
 // many more may announce what has been sent. All other warps add the parts of this rank's tokens as they arrive; its own
-// part comes straight from x. Who has nothing more to send helps them. A few warps with deep rings fill the link; adding
+// part comes straight from x. Who has sent sums then adds, too. A few warps with deep rings fill the link; adding
 // takes no shared memory, so all fit into one block.
 //
 // Rows in registered memory are not sent (in_place.cuh): all warps add, and read the peers' rows where they lie. The call
@@ -50,8 +50,8 @@ EP_DEVICE void send(const CombineArgs& a, uint32_t epoch, Mailbox& box) {
   using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
   char* rings = device::shared_memory<char>(Mailbox::bytes(C.num_send_warps));
   const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.stage_bytes);
-  // Who adds rows has no register left for it.
   const Team crew{device::block_idx() * C.num_send_warps + warp, a.num_send_blocks * C.num_send_warps};
+  // A first number of its own takes a register more than who adds rows has.
   const Team team = C.returned == Return::kSum ? Team{} : crew;
   push_rows<C.returned, kBy>(ring, a.window, a.results, a.routing.max_tokens, a.piece_bytes, epoch, a.patience, team,
                              box);
@@ -84,7 +84,7 @@ EP_DEVICE void combine(const CombineArgs& a) {
     if (agree(a.window, epoch, plan, a.patience) && find_rows(a.window, epoch, a.patience, found)) add(found);
   } else if (sender && warp < C.num_send_warps) {
     send<C>(a, epoch, boxes[warp]);
-    if (C.returned == Return::kSum) add({});
+    if constexpr (C.returned == Return::kSum) add({});
   } else if (sender && warp < C.num_send_warps + C.num_heralds) {
     announce(a.window, epoch, boxes[warp - C.num_send_warps]);
   } else {

@@ -65,8 +65,8 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
 }
 
-// What the last warp does meanwhile, and in a block that only receives: it asks whether all ranks agree, and whether those
-// who count may tell; and it learns where everything that comes will stand.
+// What the last warp does meanwhile, and in a block that only receives: it asks whether all ranks agree, and for those who
+// count whether they may tell; and it learns where everything that comes will stand.
 template <DispatchConfig C>
 EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool counts, bool receives, bool reports,
                    const Tables& tables) {
@@ -90,8 +90,8 @@ EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool
   }
 }
 
-// Of the blocks that end, how many this one stands for. Whose report the host waits for before it launches the second
-// half stands for that half where it has nothing to report: so the operation ends in any case.
+// Of the blocks that end, how many this one stands for. The host launches the second half when it has this block's
+// report. Where there is none to give, this block stands for the second half, too: so the operation ends.
 EP_DEVICE int num_ended(const DispatchArgs& a, bool reports, const Tables& tables) {
   const bool reported = tables.is(Ok::kAgrees) && tables.is(Ok::kLearns);
   return reports && !reported ? 1 + a.num_blocks - device::num_blocks() : 1;
@@ -115,6 +115,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   device::sync_block();
   const Record said{a.record.row_bytes, a.scales.bytes()};  // not rounded up
   const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, said, kRecalls ? *a.counts.number : 0);
+  // The first half, or the only launch, speaks for the call.
   if (device::block_idx() == 0 && (sender || counters.count > 0)) {
     propose(a.window, epoch, plan);
     if (C.in_place && warp == 0) offer(a.window, epoch, a.in_place, 0);

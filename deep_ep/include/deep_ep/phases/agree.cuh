@@ -24,7 +24,7 @@ EP_DEVICE uint64_t* plan_word(const Window& window, uint32_t epoch, int at, int 
   return message(window, at, from) + message_word::kPlan + (epoch & 1) * message_word::kSaidWords + item;
 }
 
-// One sending block says it to all.
+// The first block of a call's first launch says it to all.
 EP_DEVICE void propose(const Window& window, uint32_t epoch, const Plan& plan) {
   using message_word::kPlanWords;
   EP_NO_UNROLL

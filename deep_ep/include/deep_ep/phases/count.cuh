@@ -1,6 +1,6 @@
 #pragma once
 // Order by construction: every token's place follows from the tokens before it, never from who came first. Each warp
-// counts a share of the block's range; sums over the warps, and then over the blocks (look_back.cuh), say what the
+// counts a share of the block's range, by atomics, since a sum has no order; sums over the warps, and then over the blocks (look_back.cuh), say what the
 // tokens before each share took.
 //
 // reads         topk_idx of the block's range
@@ -25,36 +25,6 @@ struct WarpCounts {
   EP_DEVICE int* ranks(int warp) const { return experts(warp) + num_experts; }
   EP_DEVICE int& slot(int warp, int rank, int token) const { return ranks(warp)[kMaxRanks + rank * 32 + token]; }
 };
-
-// How many bits the numbers below `end` have.
-EP_DEVICE int num_bits_below(int end) { return end > 1 ? highest_bit(end - 1) + 1 : 0; }
-
-// The lanes that passed the same number as this one, of `num_bits` bits or -1. match_any would look at one value after
-// the other, and most are different; this looks at one bit after the other.
-EP_DEVICE uint32_t lanes_with(int number, int num_bits) {
-  const uint32_t given = device::ballot(number >= 0);
-  uint32_t same = number >= 0 ? given : ~given;
-  EP_NO_UNROLL
-  for (int first = 0; first < num_bits; first += 4) {
-    for (int bit = first; bit < first + 4; ++bit) {  // those above are 0
-      const bool is_set = number >> bit & 1;
-      const uint32_t set = device::ballot(is_set);
-      same &= is_set ? set : ~set;
-    }
-  }
-  return same;
-}
-
-// Counts a number of `num_bits` bits (or -1: none) of every lane in. Returns how many were equal to this lane's: those
-// that had been counted before, and those of the lanes below. Collective over the warp, whose counts they are.
-EP_DEVICE int count_in(int* counts, int number, int num_bits) {
-  const uint32_t same = lanes_with(number, num_bits);
-  const int before = number >= 0 ? counts[number] : 0;
-  device::sync_warp();
-  if (number >= 0 && same >> device::lane_idx() == 1) counts[number] = before + device::popcount(same);
-  device::sync_warp();
-  return before + device::popcount(same & device::lanes_below());
-}
 
 // Steps of a warp through its share for which memory is asked at once: it takes far longer than to count.
 constexpr int kStepsAhead = 4;

@@ -1,7 +1,7 @@
 #pragma once
 // reads         tables.*_below, .*_total
 // writes        the messages at all ranks, this one included
-// waits for     nothing (admit has let us in)
+// waits for     nothing (the warp that asks has been admitted, and all agree)
 // leaves behind words; whoever reads one with this epoch has its value
 
 #include <deep_ep/phases/tables.cuh>

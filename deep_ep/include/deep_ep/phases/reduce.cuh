@@ -107,7 +107,8 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
     const Selection selection = select(routing, choice.expert);
     const bool chosen = selection.rank >= 0, own = selection.rank == window.rank;
     const int received = own_tokens + choice.slot, own_row = next_own_row;
-    // While the mark is looked at. Where single rows are added, the engine that fetches them has senders to serve.
+    // They come while the mark is looked at. Not where single rows are added: there the engine that would fetch them
+    // serves senders.
     if constexpr (kReturn == Return::kSum) prefetch(results, own_row, jobs.first_byte(job), jobs.last_byte(job));
 
     bool came = true;

@@ -42,8 +42,8 @@ EP_DEVICE void add_to_stats(int experts_per_rank, const Tables& tables, int32_t*
   }
 }
 
-// words: [0] ready, [1] rows of the plain layout, [2..] count of each local expert. By the warp that has collected, so the
-// host need not wait for others of its block.
+// words: [0] ready, [1] rows of the plain layout, [2..] count of each local expert. By the warp that has collected, so
+// the host need not wait for others of its block.
 EP_DEVICE void report_to_host(const Window& window, int experts_per_rank, const Tables& tables, int32_t* words) {
   const int lane = device::lane_idx();
   device::sync_warp();

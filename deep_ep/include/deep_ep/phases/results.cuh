@@ -18,8 +18,8 @@ enum class Return {
 template <Return kReturn>
 constexpr bool kIsPlain = kReturn == Return::kRow || kReturn == Return::kInPlace;
 
-// Of many rows that lie far apart long pieces are added best, one after the other; of few rows, pieces of two at once. What a
-// peer's memory takes is longest (docs/performance.md).
+// Many rows that lie far apart are added best in long pieces, one row after the other; few rows two at once. A peer's
+// memory takes longest (docs/performance.md).
 template <Return kReturn>
 constexpr Grasp kGrasp = kReturn == Return::kSum       ? Grasp{.vectors = 7, .rows = 1}
                          : kReturn == Return::kInPlace ? Grasp{.vectors = 7, .rows = 2}
@@ -64,8 +64,8 @@ struct Results {
   EP_DEVICE const char* row(int index) const { return rows.x + index * rows.stride; }
 };
 
-// Bytes `begin` to `end` of the rows of x that lanes name (-1: none) will be added soon. A warp loads a row in many steps,
-// one after the other, and what comes from the cache takes half the time.
+// Bytes `begin` to `end` of the rows of x that lanes name (-1: none) will be added soon. A warp loads a row in many
+// steps, one after the other, and what comes from the cache takes half the time.
 EP_DEVICE void prefetch(const Results& results, int row_of_lane, int begin, int end) {
   if (row_of_lane >= 0) device::bulk_prefetch(results.row(row_of_lane) + begin, end - begin);
 }

@@ -4,7 +4,7 @@
 //
 // reads         topk_idx, weights; the counts of what came before the share, or a handle's slots
 // writes        slots; labels and routed words at all ranks, this one included
-// waits for     nothing (admit has let us in)
+// waits for     nothing (the warp that asks has been admitted, and all agree)
 // leaves behind words; whoever reads one with this epoch has its value
 
 #include <deep_ep/phases/count.cuh>
@@ -27,6 +27,36 @@ struct Router {
   const Tables& tables;
   int warp;
 };
+
+// How many bits the numbers below `end` have.
+EP_DEVICE int num_bits_below(int end) { return end > 1 ? highest_bit(end - 1) + 1 : 0; }
+
+// The lanes that passed the same number as this one, of `num_bits` bits or -1. match_any would look at one value after
+// the other, and most are different; this looks at one bit after the other.
+EP_DEVICE uint32_t lanes_with(int number, int num_bits) {
+  const uint32_t given = device::ballot(number >= 0);
+  uint32_t same = number >= 0 ? given : ~given;
+  EP_NO_UNROLL
+  for (int first = 0; first < num_bits; first += 4) {
+    for (int bit = first; bit < first + 4; ++bit) {  // above num_bits all given numbers are alike
+      const bool is_set = number >> bit & 1;
+      const uint32_t set = device::ballot(is_set);
+      same &= is_set ? set : ~set;
+    }
+  }
+  return same;
+}
+
+// Counts a number of `num_bits` bits (or -1: none) of every lane in. Returns how many were equal to this lane's: those
+// that had been counted before, and those of the lanes below. Collective over the warp, whose counts they are.
+EP_DEVICE int count_in(int* counts, int number, int num_bits) {
+  const uint32_t same = lanes_with(number, num_bits);
+  const int before = number >= 0 ? counts[number] : 0;
+  device::sync_warp();
+  if (number >= 0 && same >> device::lane_idx() == 1) counts[number] = before + device::popcount(same);
+  device::sync_warp();
+  return before + device::popcount(same & device::lanes_below());
+}
 
 // What a lane has of tokens that stand abreast.
 struct Routed {
