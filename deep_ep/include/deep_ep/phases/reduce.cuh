@@ -97,7 +97,8 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
   };
   int ahead = claims.take();
   Choice next = load_choice(routing, slots, jobs.token(ahead));
-  int next_own_row = own_row_of(next);
+  [[maybe_unused]] int next_own_row = -1;  // of expanded rows: it takes a load of its own
+  if constexpr (!kIsPlain<kReturn>) next_own_row = own_row_of(next);
   EP_NO_UNROLL
   while (ahead < jobs.end()) {
     const int job = ahead, token = jobs.token(job);
@@ -106,7 +107,8 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
     next = load_choice(routing, slots, jobs.token(ahead));
     const Selection selection = select(routing, choice.expert);
     const bool chosen = selection.rank >= 0, own = selection.rank == window.rank;
-    const int received = own_tokens + choice.slot, own_row = next_own_row;
+    const int received = own_tokens + choice.slot;
+    const int own_row = kIsPlain<kReturn> ? (own ? received : -1) : next_own_row;
     // They come while the mark is looked at. Not where single rows are added: there the engine that would fetch them
     // serves senders.
     if constexpr (kReturn == Return::kSum) prefetch(results, own_row, jobs.first_byte(job), jobs.last_byte(job));
@@ -145,7 +147,7 @@ EP_DEVICE void reduce(const Window& window, uint32_t epoch, const device::Patien
       parts.own = device::ballot(own && there);
       parts.sum = device::ballot(own && selection.speaks);
     }
-    next_own_row = own_row_of(next);
+    if constexpr (!kIsPlain<kReturn>) next_own_row = own_row_of(next);
     for_columns<kAtOnce.vectors>(jobs.first_byte(job), jobs.last_byte(job),
                                  [&](const auto& at) { add_columns<kAtOnce.rows>(out, token, parts, at); });
     if (out.weights != nullptr && lane < num_topk && jobs.first_byte(job) == 0)
