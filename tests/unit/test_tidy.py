@@ -55,6 +55,7 @@ NOUNS_AMONG_PHASES = {"results.cuh", "sum.cuh", "tables.cuh"}  # what phases sha
 MAX_LINES = 450
 MAX_KERNEL_LINES = 170
 MAX_FUNCTION_LINES = 80
+MAX_COLUMNS = 120
 TEXT_SUFFIXES = {".py", ".cuh", ".hpp", ".cpp", ".cu", ".md", ".sh", ".toml", ".yaml", ".txt", ""}
 # Places that exist on somebody's machine only. The pattern is written so that it does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.$}~>-])/(?:work|tmp|root|home|mnt)/\w")
@@ -178,6 +179,13 @@ def test_file_is_one_room(path: Path) -> None:
     num_lines = len(path.read_text().splitlines())
     limit = MAX_KERNEL_LINES if path.is_relative_to(INCLUDE / "kernels") else MAX_LINES
     assert num_lines <= limit, f"{name_of(path)} has {num_lines} lines, over {limit}: is it one room, or several?"
+
+
+@pytest.mark.parametrize("path", project_files(".cuh", ".hpp", ".cpp"), ids=name_of)
+def test_lines_are_short(path: Path) -> None:
+    """Comments, too, which clang-format lets stand as they are; ruff looks at Python."""
+    long = [i for i, line in enumerate(path.read_text().splitlines(), start=1) if len(line) > MAX_COLUMNS]
+    assert not long, f"{name_of(path)}: lines {long} are longer than {MAX_COLUMNS} columns"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name_of)

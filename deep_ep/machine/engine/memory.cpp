@@ -57,8 +57,8 @@ const Region* find_before(const std::byte* address) {
   return after == regions.begin() ? nullptr : &std::prev(after)->second;
 }
 
-// Maps memory far from where processes usually keep theirs. Ranks hand over pointers to their own tensors and to windows
-// of this world, and tell the two apart by address. The race detector allows these addresses too.
+// Maps memory far from where processes usually keep theirs. Ranks hand over pointers to their own tensors and to
+// windows of this world, and tell the two apart by address. The race detector allows these addresses too.
 void* map_apart(std::size_t num_bytes) {
   constexpr std::uintptr_t kFirst = std::uintptr_t{32} << 30, kLast = std::uintptr_t{56} << 30;
   static std::uintptr_t next = kFirst;

@@ -1,8 +1,8 @@
 #pragma once
 // A barrier of all ranks: what any rank's stream had done before is done, and can be seen, before any rank's goes on.
 //
-// It is an operation like the others, with an epoch and a plan of its own: so a rank that calls something else meanwhile
-// is named at once. One warp suffices.
+// It is an operation like the others, with an epoch and a plan of its own: so a rank that calls something else
+// meanwhile is named at once. One warp suffices.
 
 #include <deep_ep/phases/admit.cuh>
 #include <deep_ep/phases/agree.cuh>

@@ -1,13 +1,13 @@
 #pragma once
 // Combine inside one NVLink domain: every token's results come home and are added, in one order everywhere.
 //
-// The first warps of a launch's sending blocks push the rows of other ranks' tokens to their owners' staging regions. As
-// many more may announce what has been sent. All other warps add the parts of this rank's tokens as they arrive; its own
-// part comes straight from x. Who has sent sums then adds, too. A few warps with deep rings fill the link; adding
+// The first warps of a launch's sending blocks push the rows of other ranks' tokens to their owners' staging regions.
+// As many more may announce what has been sent. All other warps add the parts of this rank's tokens as they arrive; its
+// own part comes straight from x. Who has sent sums then adds, too. A few warps with deep rings fill the link; adding
 // takes no shared memory, so all fit into one block.
 //
-// Rows in registered memory are not sent (in_place.cuh): all warps add, and read the peers' rows where they lie. The call
-// ends when all peers have read this rank's.
+// Rows in registered memory are not sent (in_place.cuh): all warps add, and read the peers' rows where they lie. The
+// call ends when all peers have read this rank's.
 //
 // Rows of the expanded layout are added on the rank that has them before they travel, or travel one by one: a kernel is
 // compiled for one way to return (results.cuh).

@@ -1,19 +1,19 @@
 #pragma once
 // Dispatch inside one NVLink domain: every token goes, once, to each rank that holds one of its experts.
 //
-// The first blocks of a launch send: they push this rank's rows to the peers' staging regions, from the first moment on,
-// since a row's place there is its token's number. The others receive: they learn from the counts where every row will
-// stand, then copy rows out as they arrive, and this rank's own straight from x. Before that, the last of them count:
-// they find each token's slot and positions, and tell all ranks. Senders and receivers never share a block: stores to a
-// peer that wait for the link would hold up the copies behind them.
+// The first blocks of a launch send: they push this rank's rows to the peers' staging regions, from the first moment
+// on, since a row's place there is its token's number. The others receive: they learn from the counts where every row
+// will stand, then copy rows out as they arrive, and this rank's own straight from x. Before that, the last of them
+// count: they find each token's slot and positions, and tell all ranks. Senders and receivers never share a block:
+// stores to a peer that wait for the link would hold up the copies behind them.
 //
-// Where rows lie in registered memory (in_place.cuh), nobody sends: receivers fetch them from the peers, once it is known
-// where they go, and the call ends when all peers have fetched this rank's.
+// Where rows lie in registered memory (in_place.cuh), nobody sends: receivers fetch them from the peers, once it is
+// known where they go, and the call ends when all peers have fetched this rank's.
 //
 // A launch may also do one half only. With a CPU sync the blocks that send and those that count are launched first. The
 // counters tell the host, and leave; it allocates exact tensors while the pushes run, and launches the receivers beside
-// the senders: from then on all is as in one launch. With one block the halves follow each other, and it counts before it
-// sends. With the handle of an earlier dispatch all places are known and no counts are exchanged.
+// the senders: from then on all is as in one launch. With one block the halves follow each other, and it counts before
+// it sends. With the handle of an earlier dispatch all places are known and no counts are exchanged.
 
 #include <deep_ep/kernels/dispatch_args.cuh>
 #include <deep_ep/phases/admit.cuh>
@@ -65,8 +65,8 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
 }
 
-// What the last warp does meanwhile, and in a block that only receives: it asks whether all ranks agree, and for those who
-// count whether they may tell; and it learns where everything that comes will stand.
+// What the last warp does meanwhile, and in a block that only receives: it asks whether all ranks agree, and for those
+// who count whether they may tell; and it learns where everything that comes will stand.
 template <DispatchConfig C>
 EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool counts, bool receives, bool reports,
                    const Tables& tables) {

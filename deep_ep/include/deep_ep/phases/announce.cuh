@@ -1,7 +1,7 @@
 #pragma once
-// Telling peers that records have come, a few tokens at a time. A release waits until all of a warp's accesses have been
-// performed. Where that would hold up the link, the warps that send leave it to others, a herald each, and hand over what
-// is complete.
+// Telling peers that records have come, a few tokens at a time. A release waits until all of a warp's accesses have
+// been performed. Where that would hold up the link, the warps that send leave it to others, a herald each, and hand
+// over what is complete.
 //
 // reads         nothing
 // writes        arrival marks at the peers
@@ -50,7 +50,8 @@ class Announcer {
   EP_DEVICE Announcer(const Window& window, uint32_t epoch, Mailbox& box)
       : window_(window), epoch_(epoch), box_(box), batch_(min_of(kBatch, 32 / window.num_ranks)) {}
 
-  // The piece that is being stored is the last of a token that goes to `slot_at_rank` of rank r on lane r (-1: not there).
+  // The piece that is being stored is the last of a token that goes to `slot_at_rank` of rank r on lane r (-1: not
+  // there).
   EP_DEVICE void add(int slot_at_rank) {
     const int lane = device::lane_idx();
     const int slot = device::shuffle(slot_at_rank, lane % window_.num_ranks);

@@ -17,8 +17,9 @@ struct Team {
   int own = -1, count = 0;  // this warp's number, and how many there are; unless given, there is no team
 };
 
-// Numbers 0, 1, 2, ... divided among the warps that share a queue. A warp asks for the next one while the last is in use.
-// In a team each begins with its own number, so that nobody waits for the first; then all who share the queue are of it.
+// Numbers 0, 1, 2, ... divided among the warps that share a queue. A warp asks for the next one while the last is in
+// use. In a team each begins with its own number, so that nobody waits for the first; then all who share the queue are
+// of it.
 class Claims {
  public:
   EP_DEVICE Claims(const Window& window, Queue queue, Team team = {})

@@ -106,8 +106,8 @@ class Loader {
     return label_word(landing_, token_.source, token_.token, device::lane_idx(), 0);
   }
 
-  // Where a stage keeps them, each lane its own: behind the first piece, which is the longest, and behind scale factors if
-  // it has any. The copy engine never comes there.
+  // Where a stage keeps them, each lane its own: behind the first piece, which is the longest, and behind scale factors
+  // if it has any. The copy engine never comes there.
   EP_DEVICE uint32_t* kept_places(const Stage& stage, int piece_bytes) const {
     return reinterpret_cast<uint32_t*>(stage.data + piece_bytes + landing_.record.tail_bytes);
   }

@@ -1,7 +1,7 @@
 #pragma once
 // Order by construction: every token's place follows from the tokens before it, never from who came first. Each warp
-// counts a share of the block's range, by atomics, since a sum has no order; sums over the warps, and then over the blocks (look_back.cuh), say what the
-// tokens before each share took.
+// counts a share of the block's range, by atomics, since a sum has no order; sums over the warps, and then over the
+// blocks (look_back.cuh), say what the tokens before each share took.
 //
 // reads         topk_idx of the block's range
 // writes        the warps' counts; tables.expert_below and .rank_below: the block's own totals; a copy of topk_idx
@@ -29,8 +29,8 @@ struct WarpCounts {
 // Steps of a warp through its share for which memory is asked at once: it takes far longer than to count.
 constexpr int kStepsAhead = 4;
 
-// Selections of each expert, and tokens bound for each rank. `kept_idx`: null, or where a copy of topk_idx goes, for the
-// handle: a launch of its own would cost more.
+// Selections of each expert, and tokens bound for each rank. `kept_idx`: null, or where a copy of topk_idx goes, for
+// the handle: a launch of its own would cost more.
 EP_DEVICE void count_share(const Routing& routing, int warp, Range share, const WarpCounts& counts, void* kept_idx) {
   EP_NO_UNROLL
   for (int i = device::lane_idx(); i < counts.num_experts + kMaxRanks; i += 32) counts.experts(warp)[i] = 0;

@@ -6,8 +6,8 @@
 // waits for     the words of all sources; at the end of the call, every peer to have read this rank's rows
 // leaves behind the addresses of all ranks' rows, which may be read; at the end, rows that may be written again
 //
-// A rank says where its rows lie together with what it calls (agree.cuh), and as freely: the words of odd and even epochs
-// lie apart. What was written before the call is released with them.
+// A rank says where its rows lie together with what it calls (agree.cuh), and as freely: the words of odd and even
+// epochs lie apart. What was written before the call is released with them.
 
 #include <deep_ep/phases/agree.cuh>
 #include <deep_ep/phases/tables.cuh>
@@ -18,8 +18,8 @@
 
 namespace deep_ep {
 
-// Where registered rows lie, and what goes beside each: scale factors in a dispatch, weights in a combine. In words of 4
-// bytes, from the beginning of the registered memory.
+// Where registered rows lie, and what goes beside each: scale factors in a dispatch, weights in a combine. In words of
+// 4 bytes, from the beginning of the registered memory.
 struct InPlace {
   uint32_t rows, beside;
   uint32_t row_words, beside_words;  // of one row

@@ -93,8 +93,8 @@ struct Expected {
   }
 };
 
-// Puts what is said of each lane's selection where it belongs; `lanes` are those of the lane's token. False if some word
-// never came. Collective over the warp.
+// Puts what is said of each lane's selection where it belongs; `lanes` are those of the lane's token. False if some
+// word never came. Collective over the warp.
 EP_DEVICE bool land_selections(const Landing& landing, const Expected& seen, uint32_t lanes) {
   const Routing& routing = landing.routing;
   const Received& out = landing.out;
@@ -139,7 +139,8 @@ EP_DEVICE bool land_selections(const Landing& landing, const Expected& seen, uin
   return true;
 }
 
-// All tokens of all sources, as many side by side as a warp holds: the first ones of every source, then the next ones, ...
+// All tokens of all sources, as many side by side as a warp holds: the first ones of every source, then the next ones,
+// ...
 EP_DEVICE void land(const Landing& landing, int warp, int num_warps) {
   const Abreast abreast(landing.routing.num_topk);
   const int num_ranks = landing.window.num_ranks, lane = device::lane_idx();

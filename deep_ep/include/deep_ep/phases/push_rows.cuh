@@ -103,7 +103,8 @@ EP_DEVICE void push_rows(const Ring& ring, const Window& window, const Results& 
         parcel.weight = results.weight_of_lane<kReturn>(parcel.received, parcel.row);
       }
     }
-    // Where an expert was named twice, rows may be lost (land.cuh). Without any the piece is empty: the mark goes alone.
+    // Where an expert was named twice, rows may be lost (land.cuh). Without any the piece is empty: the mark goes
+    // alone.
     const bool empty = kReturn == Return::kEveryRow && left == 0;
     const int k = empty ? 0 : lowest_bit(left), bytes = empty ? 0 : min_of(piece_bytes, record.row_bytes - offset);
     const bool row_ends = empty || offset + bytes == record.row_bytes, last = row_ends && (left & (left - 1)) == 0;

@@ -4,9 +4,9 @@
 // waits for     the arrival mark of every token of this rank, from each rank that it went to; nothing in place
 // leaves behind every token's sum
 //
-// The arithmetic is part of the interface: float32, starting from +0, biases first, one rounding to bfloat16 at the end.
-// What comes home whole (a row or a sum a rank) is added in the order in which each rank's last selected expert appears
-// among the token's selections; what comes row by row in the order of the selections.
+// The arithmetic is part of the interface: float32, starting from +0, biases first, one rounding to bfloat16 at the
+// end. What comes home whole (a row or a sum a rank) is added in the order in which each rank's last selected expert
+// appears among the token's selections; what comes row by row in the order of the selections.
 //
 // Rows go through registers, straight from where they lie: the many loads that a warp has under way, and the many warps
 // of a block, hide what memory takes.
@@ -58,8 +58,9 @@ EP_DEVICE void add_columns(const Combined& out, int token, const Parts& parts, c
   if (at.mine()) sum.rounded().stream(at.of(out.x + token * out.stride));
 }
 
-// What a warp takes at a time, by the number of its claim: a token. Of the last tokens it takes a part, as much as a warp
-// loads at once: a whole row takes several trips to memory, one after the other, and other warps have nothing to do then.
+// What a warp takes at a time, by the number of its claim: a token. Of the last tokens it takes a part, as much as a
+// warp loads at once: a whole row takes several trips to memory, one after the other, and other warps have nothing to
+// do then.
 struct Jobs {
   int num_tokens, row_bytes;
   int whole, parts, part_bytes;  // tokens that are taken whole; of the others, the parts of each

@@ -69,8 +69,8 @@ struct Routed {
 struct RoutedSteps {
   Routed at[kStepsAhead];
 
-  // The next one becomes the first: a loop over them is much less code than a step for each, which takes longer to fetch
-  // than to run.
+  // The next one becomes the first: a loop over them is much less code than a step for each, which takes longer to
+  // fetch than to run.
   EP_DEVICE void turn() {
     for (int step = 1; step < kStepsAhead; ++step) at[step - 1] = at[step];
   }

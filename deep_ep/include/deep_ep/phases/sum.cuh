@@ -28,8 +28,8 @@ struct Grasp {
   int vectors, rows;
 };
 
-// Calls add(Columns<kTogether>) for every part of a row from `begin` to `end`, collectively: kTogether vectors of a lane
-// while they last, so that many loads are under way, then single ones.
+// Calls add(Columns<kTogether>) for every part of a row from `begin` to `end`, collectively: kTogether vectors of a
+// lane while they last, so that many loads are under way, then single ones.
 template <int kTogether, class Add>
 EP_DEVICE void for_columns(int begin, int end, Add add) {
   const int lane_offset = device::lane_idx() * kVectorBytes;

@@ -1,6 +1,6 @@
 #pragma once
-// A launch's blocks form teams: the first ones send, those behind them receive, and the last ones count before that. Each
-// team divides its work among its own blocks.
+// A launch's blocks form teams: the first ones send, those behind them receive, and the last ones count before that.
+// Each team divides its work among its own blocks.
 
 #include <deep_ep/device/device.cuh>
 

@@ -2,8 +2,8 @@
 // What a source tells each peer before its tokens arrive, as words (word.cuh):
 //
 //   0                      tokens that come
-//   then                   what it calls (plan.cuh), in even and in odd epochs; the other words come in dispatches only;
-//                          behind it, where what the receiver may read in place lies (in_place.cuh)
+//   then                   what it calls (plan.cuh), in even and in odd epochs; the other words come in dispatches
+//                          only; behind it, where what the receiver may read in place lies (in_place.cuh)
 //   then, [local expert]   selections of the receiver's experts
 
 #include <deep_ep/limits.cuh>

@@ -39,7 +39,8 @@ struct Plan {
 
 constexpr int kTokensItem = 6;
 
-// The number of the routes that a dispatch finds: its epoch, on which buffer. All ranks that use the same handles agree.
+// The number of the routes that a dispatch finds: its epoch, on which buffer. All ranks that use the same handles
+// agree.
 constexpr int kEpochBits = 20;
 
 EP_DEVICE uint32_t number_of_routes(const Window& window, uint32_t epoch) {

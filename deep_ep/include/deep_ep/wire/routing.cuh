@@ -13,8 +13,8 @@ struct Routing {
   int32_t max_tokens;      // of any rank
   float ranks_per_expert;  // 1 / experts_per_rank
 
-  // expert / experts_per_rank. The sum is half an expert away from the next rank, and float errs by less (a test compares
-  // all quotients); a division takes many instructions.
+  // expert / experts_per_rank. The sum is half an expert away from the next rank, and float errs by less (a test
+  // compares all quotients); a division takes many instructions.
   EP_DEVICE int rank_of(int expert) const {
     return static_cast<int>((static_cast<float>(expert) + 0.5f) * ranks_per_expert);
   }
@@ -82,8 +82,8 @@ struct Abreast {
   }
 };
 
-// What lane k holds of a token: its selection, and the slot at that expert's rank. Loaded a token ahead, so nobody waits
-// for it.
+// What lane k holds of a token: its selection, and the slot at that expert's rank. Loaded a token ahead, so nobody
+// waits for it.
 struct Choice {
   int expert = -1, slot = -1;
 };

@@ -45,8 +45,8 @@ struct Window {
 
 EP_DEVICE Control& control(const Window& window, int at) { return *reinterpret_cast<Control*>(window.base[at]); }
 
-// An operation that begins. What a rank's failed one has left, places of tokens for one, is anything; calls may be queued
-// behind it, or be replayed in a graph, before any host knows: they do nothing.
+// An operation that begins. What a rank's failed one has left, places of tokens for one, is anything; calls may be
+// queued behind it, or be replayed in a graph, before any host knows: they do nothing.
 struct Operation {
   uint32_t epoch;
   bool is_void;
@@ -76,8 +76,8 @@ EP_DEVICE uint32_t* arrived(const Window& window, int at, int from, int slot) {
   return reinterpret_cast<uint32_t*>(window.base[at] + window.arrived) + int64_t(from) * window.slots_per_source + slot;
 }
 
-// The slot at rank `at` of a token of rank `from`, as a word (word.cuh): its number among those of that rank that come to
-// `at`, or -1.
+// The slot at rank `at` of a token of rank `from`, as a word (word.cuh): its number among those of that rank that come
+// to `at`, or -1.
 EP_DEVICE uint64_t* routed(const Window& window, int at, int from, int token) {
   return reinterpret_cast<uint64_t*>(window.base[at] + window.routed) + int64_t(from) * window.slots_per_source + token;
 }

@@ -42,8 +42,8 @@ void mbarrier_wait(Mbarrier& barrier, std::uint32_t parity, sim::Site site = sim
 // Global (own or a peer's) to shared memory; its completion counts on the barrier, whose waiters see the bytes.
 void bulk_load(void* shared, const void* global, int bytes, Mbarrier& barrier, sim::Site site = sim::Site::current());
 
-// Own global memory, which will be read soon, into the GPU's L2 cache. A hint: it is not waited for, and orders nothing.
-// Here there is no cache; only what the engine would refuse is looked at.
+// Own global memory, which will be read soon, into the GPU's L2 cache. A hint: it is not waited for, and orders
+// nothing. Here there is no cache; only what the engine would refuse is looked at.
 void bulk_prefetch(const void* global, int bytes, sim::Site site = sim::Site::current());
 
 // Shared to global memory (own or a peer's). Part of the thread's next group.

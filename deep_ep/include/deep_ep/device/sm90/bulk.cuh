@@ -84,7 +84,8 @@ EP_DEVICE void bulk_load(void* shared, const void* global, int bytes, Mbarrier& 
                : "memory");
 }
 
-// Own global memory, which will be read soon, into the GPU's L2 cache. A hint: it is not waited for, and orders nothing.
+// Own global memory, which will be read soon, into the GPU's L2 cache. A hint: it is not waited for, and orders
+// nothing.
 EP_DEVICE void bulk_prefetch(const void* global, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(detail::global_address(global)), "r"(bytes)
                : "memory");
