@@ -115,9 +115,10 @@ class Meeting:
         while not self._there(keys):
             if watch.is_over:
                 peers, seconds = missing(), watch.seconds
+                whose = "; num_cpu_timeout_secs sets the limit" if limit_s == self._limits.host_s else ""
                 raise EPTimeoutError(
                     f"rank {self.rank} waited {seconds:.1f} s for ranks {peers} of the group {what}; every rank must "
-                    "take part; num_cpu_timeout_secs sets the limit",
+                    f"take part{whose}",
                     WaitReport(self.rank, what, tuple(peers), seconds),
                 )
             watch.pause()
