@@ -48,8 +48,8 @@ class Watch:
             self._next_notice_s = 2 * seconds
             self._notice(seconds)
         if seconds < BUSY_SECONDS:
-            return  # a call of the system, be it for nothing, takes up to 80 us on some hosts
+            return
         if seconds < EAGER_SECONDS:
-            select.select((), (), (), 0)  # less than time.sleep(0), since Python 3.11
+            select.select((), (), (), 0)  # in Python 3.11.7 it took 0.7 us, and time.sleep(0) 80
         else:
             time.sleep(min(LAZY_SHARE * seconds, LAZY_SECONDS))
