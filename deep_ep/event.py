@@ -316,6 +316,12 @@ class CallOrder:
                 kept.stream = self.stream
         return EventOverlap(event)
 
+    def abandon(self) -> None:
+        """Instead of end(), after an error: what was launched may still run, with tensors that nobody holds any more.
+        So whatever gets their memory waits for it."""
+        if self._beside and self._current is not None and self.stream is not None:
+            self._current.wait_stream(self.stream)
+
     def keep(self, outputs: Sequence[torch.Tensor]) -> Kept:
         """Outputs that end() has seen, for later calls to read."""
         return Kept(outputs, self._told)

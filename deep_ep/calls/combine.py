@@ -112,7 +112,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
     slots, per_rank = handle.dst_buffer_slot_idx, handle.psum_num_recv_tokens_per_scaleup_rank
     given = (x, request.weights, *request.biases)
     results: Tensors = (combined_x, combined_weights)
-    with endpoint.breaking_on_error("combine"):
+    with endpoint.breaking_on_error("combine", order):
         endpoint.launch(
             request.plan.launch,
             _arguments(request, weights, metadata, combined_x, combined_weights),
@@ -120,8 +120,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
             reads=(x, weights, metadata, handle.topk_idx, slots, per_rank, handle.number, *request.biases),
             writes=results,
         )
-        event = order.end(given, results, handle.kept)
-    return combined_x, combined_weights, event
+        return combined_x, combined_weights, order.end(given, results, handle.kept)
 
 
 def _arguments(

@@ -292,7 +292,7 @@ def _find_routes(call: Call) -> DispatchResult:
 
     sizes, selections, parts = planned.worst, list[int](), planned.whole
     overlaps = request.exact_sizes and planned.halves_overlap
-    with endpoint.breaking_on_error("dispatch"):
+    with endpoint.breaking_on_error("dispatch", order):
         with endpoint.side.beside(order.stream) if overlaps else NOTHING as side:
             if request.exact_sizes:
                 args.host_words = endpoint.expect_counts()
@@ -314,37 +314,37 @@ def _find_routes(call: Call) -> DispatchResult:
         pieces = (kept_idx, slots, metadata, counts.per_rank)  # one tensor of each piece of memory
         event = call.end((routing.topk_idx,), (*outputs.tensors, *pieces))
 
-    handle = EPHandle(
-        do_expand=request.expand,
-        num_experts=routing.num_experts,
-        expert_alignment=routing.alignment,
-        num_max_tokens_per_rank=routing.max_tokens,
-        num_sms=request.num_sms,
-        told_num_sms=request.told_num_sms,
-        topk_idx=kept_idx,
-        num_recv_tokens=sizes.tokens,
-        num_expanded_tokens=sizes.expanded,
-        num_recv_tokens_per_expert_list=selections,
-        psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
-        psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
-        num_unaligned_recv_tokens_per_expert=counts.per_expert,
-        recv_src_metadata=metadata,
-        dst_buffer_slot_idx=slots,
-        per_expert_aligned=counts.per_expert_aligned,
-        per_expert_end=counts.per_expert_end,
-        number=counts.number,
-        group_ranks=endpoint.group_ranks,
-        rank=endpoint.rank,
-    )
-    handle.remember(order.keep(pieces))
-    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+        handle = EPHandle(
+            do_expand=request.expand,
+            num_experts=routing.num_experts,
+            expert_alignment=routing.alignment,
+            num_max_tokens_per_rank=routing.max_tokens,
+            num_sms=request.num_sms,
+            told_num_sms=request.told_num_sms,
+            topk_idx=kept_idx,
+            num_recv_tokens=sizes.tokens,
+            num_expanded_tokens=sizes.expanded,
+            num_recv_tokens_per_expert_list=selections,
+            psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
+            psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
+            num_unaligned_recv_tokens_per_expert=counts.per_expert,
+            recv_src_metadata=metadata,
+            dst_buffer_slot_idx=slots,
+            per_expert_aligned=counts.per_expert_aligned,
+            per_expert_end=counts.per_expert_end,
+            number=counts.number,
+            group_ranks=endpoint.group_ranks,
+            rank=endpoint.rank,
+        )
+        handle.remember(order.keep(pieces))
+        return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
 
 
 def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
     """All is known: no counts travel and the host waits for nothing."""
     request, args, counts = call.request, call.args, RouteCounts.of(handle)
     args.slots = handle.dst_buffer_slot_idx.data_ptr()
-    with call.endpoint.breaking_on_error("dispatch"):
+    with call.endpoint.breaking_on_error("dispatch", call.order):
         with call.allocation():
             outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
         args.received.known_metadata = handle.recv_src_metadata.data_ptr()

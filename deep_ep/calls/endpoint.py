@@ -158,7 +158,7 @@ class Endpoint:
         if host_waits:
             self.refuse_capture("with_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
         order = self.order(Timing(None, None, asynchronous=on_comm_stream, allocate_on_comm_stream=False))
-        with self.breaking_on_error("barrier"):
+        with self.breaking_on_error("barrier", order):
             args = BarrierArgs(window=self.window_argument, patience=self.patience_argument)
             self.launch(Launch(BARRIER, num_blocks=1, shared_bytes=0), args, order=order, reads=(), writes=())
             order.end((), ()).current_stream_wait()
@@ -269,10 +269,10 @@ class Endpoint:
         return looking(self.machine.comm_stream, timing.previous_event)
 
     @contextlib.contextmanager
-    def breaking_on_error(self, call: str) -> Iterator[None]:
-        """From a call's first launch to its last: whatever ends it in between (out of memory, Ctrl-C) leaves counters
-        that the next call would trip over. What ends it before the first launch leaves nothing. Where kernels have
-        ended by then, what they recorded is raised at the end; else it is for a later call to find."""
+    def breaking_on_error(self, call: str, order: CallOrder) -> Iterator[None]:
+        """From a call's first launch until it has its results: what ends it in between (out of memory, Ctrl-C) leaves
+        counters that the next call would trip over, or this rank without what its peers have; what ends it before,
+        nothing. What kernels have recorded is raised at the end if they have ended, else by a later call."""
         self._has_launched = False
         try:
             yield
@@ -281,6 +281,8 @@ class Endpoint:
         except BaseException as error:
             if self._has_launched:
                 self._broken = self._broken or f"a {call} was left half-done ({type(error).__name__}: {error})"
+                with contextlib.suppress(Exception):  # the device may be the one that has failed
+                    order.abandon()
             raise
 
     def _check_fault(self) -> None:

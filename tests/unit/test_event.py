@@ -288,6 +288,16 @@ def test_there_is_nothing_beside_without_a_gpu() -> None:
         assert stream is None
 
 
+def test_after_an_error_the_current_stream_waits_for_what_was_launched(log: Log) -> None:
+    """Its pool has the memory of tensors that kernels may still use."""
+    for arguments, waits in (({}, []), ({"asynchronous": True}, ["compute waits for comm"])):
+        order = order_of(log, **arguments)
+        log.lines.clear()
+        order.abandon()
+        assert log.lines == waits
+    CallOrder(None, None, True, False).abandon()
+
+
 def test_where_outputs_are_allocated(log: Log) -> None:
     for asynchronous, on_comm in ((False, False), (False, True), (True, False)):
         with order_of(log, asynchronous=asynchronous).allocation(on_comm):

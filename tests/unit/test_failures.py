@@ -18,6 +18,7 @@ from deep_ep.calls import dispatch as calls_dispatch
 from deep_ep.calls import dropped, endpoint
 from deep_ep.calls.agreement import Settings
 from deep_ep.errors import EPEnvironmentError, EPError, EPTimeoutError
+from deep_ep.event import CallOrder
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
 
 
@@ -180,6 +181,49 @@ def test_nothing_goes_on_after_half_a_call(
         dispatch(buffer)
     monkeypatch.undo()
     with pytest.raises(EPError, match=r"must be rebuilt on every rank: .* left half-done \(OutOfMemoryError"):
+        dispatch(buffer, do_cpu_sync=False)
+
+
+def test_who_gets_memory_of_a_call_that_failed_waits_for_its_kernels(
+    buffer: ElasticBuffer, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was launched; and though the device may have failed, too, it is the first error that is raised."""
+    abandoned: list[object] = []
+
+    def abandon(self: CallOrder) -> None:
+        abandoned.append(self)
+        raise RuntimeError("the device has failed")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CallOrder, "abandon", abandon)
+    with monkeypatch.context() as patch:
+        patch.setattr(endpoint.Endpoint, "expect_counts", interrupt)  # before the first launch
+        with pytest.raises(KeyboardInterrupt):
+            dispatch(buffer)
+    assert abandoned == []
+    monkeypatch.setattr(endpoint.Endpoint, "_wait_for_counts", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dispatch(buffer)
+    assert len(abandoned) == 1
+    with pytest.raises(EPError, match=r"must be rebuilt on every rank: .* left half-done \(KeyboardInterrupt"):
+        dispatch(buffer)
+
+
+def test_who_is_interrupted_while_the_handle_is_made_has_no_results(
+    buffer: ElasticBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers have theirs: who went on would mix batches."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deep_ep.EPHandle, "remember", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            dispatch(buffer, do_cpu_sync=False)
+    with pytest.raises(EPError, match=r"must be rebuilt on every rank: .* left half-done \(KeyboardInterrupt"):
         dispatch(buffer, do_cpu_sync=False)
 
 
