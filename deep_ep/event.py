@@ -135,6 +135,10 @@ class SideStream:
         self._stream: torch.cuda.Stream | None = None
         self._event: torch.cuda.Event | None = None  # recorded again and again, as a call's end
 
+    def is_idle(self) -> bool:
+        """Whether all that was launched on it has ended."""
+        return self._stream is None or self._stream.query()
+
     @contextmanager
     def beside(self, stream: torch.cuda.Stream | None) -> Iterator[torch.cuda.Stream | None]:
         """The context of launches on the side stream. They run after what ``stream``, the call's own, was given before

@@ -46,11 +46,16 @@ class Division:
         num_counters = self.num_blocks - self.first_count_block
         return (
             Division(num_senders + num_counters, num_senders, 0, num_senders),
-            Division(num_receivers, 0, num_receivers, num_receivers),
+            Division.receiving(num_receivers),
         )
 
+    @staticmethod
+    def receiving(num_blocks: int) -> Division:
+        """A launch in which all blocks receive."""
+        return Division(num_blocks, 0, num_blocks, num_blocks)
 
-ONE_BLOCK_HALVES = Division(1, 1, 0, 0), Division(1, 0, 1, 1)
+
+ONE_BLOCK_HALVES = Division(1, 1, 0, 0), Division.receiving(1)
 """One after the other: the block counts, and sends; then it receives."""
 
 

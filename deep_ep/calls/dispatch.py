@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from deep_ep import layout, validate
 from deep_ep.calls.endpoint import Endpoint, Tensors
 from deep_ep.calls.payload import Payload
 from deep_ep.calls.plans import DispatchPlan, DispatchShape, Part, plan_dispatch
-from deep_ep.calls.received import Outputs, RouteCounts, Sizes
+from deep_ep.calls.received import Beside, RouteCounts, Sizes
 from deep_ep.event import NOTHING, CallOrder, EventOverlap, Kept, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import InPlace, pointer
@@ -226,21 +227,35 @@ class Call:
         """The context in which all is allocated that the kernel writes."""
         return self.order.allocation(self.request.timing.allocate_on_comm_stream)
 
-    def allocate(self, sizes: Sizes) -> Outputs:
-        """Outputs, of which the kernel knows then."""
-        request = self.request
-        outputs = Outputs.allocate(
-            request.payload,
-            self.topk_idx,
-            self.weights,
-            sizes,
-            expand=request.expand,
-            col_major_scales=request.col_major_scales,
-        )
-        outputs.tell(self.args.received, sizes)
-        return outputs
+    def allocate_rows(self, sizes: Sizes) -> Payload:
+        """Room for the rows that come, of which the kernel knows then."""
+        request, received = self.request, self.args.received
+        with self.allocation():
+            num_rows = sizes.expanded if request.expand else sizes.tokens
+            rows = request.payload.new_empty(num_rows, col_major_scales=request.col_major_scales)
+        received.x = rows.rows.data_ptr()
+        received.rows, received.expanded_rows = sizes
+        if rows.scales is not None:
+            received.scales = Scales.of(rows.scales)
+        return rows
 
-    def launch(self, parts: list[Part], reads: Tensors, writes: Tensors, stream: Any = None) -> None:
+    def allocate_beside(self, sizes: Sizes) -> Beside:
+        """Room for what comes beside them, of which the kernel knows then."""
+        is_new = self.request.routing.handle is None
+        with self.allocation():
+            beside = Beside.allocate(self.topk_idx, self.weights, sizes, expand=self.request.expand, metadata=is_new)
+        beside.tell(self.args.received)
+        return beside
+
+    def allocate_counts(self) -> RouteCounts:
+        """Room for the counts of new routes, of which the kernel knows then."""
+        num_ranks = self.endpoint.num_ranks
+        with self.allocation():
+            counts = RouteCounts.allocate(self.topk_idx, num_ranks, self.request.routing.num_experts // num_ranks)
+        self.args.counts = counts.argument()
+        return counts
+
+    def launch(self, parts: Sequence[Part], reads: Tensors, writes: Tensors, stream: Any = None) -> None:
         """Launch all parts, on the call's stream or on another. ``reads``, ``writes``: beside those of every launch."""
         payload, args = self.request.payload, self.args
         for part in parts:
@@ -273,15 +288,19 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
     return _find_routes(call) if handle is None else _follow_routes(call, handle)
 
 
-def _find_routes(call: Call) -> DispatchResult:
-    """For exact sizes, the host waits while the first half sends and counts; then it launches the half that receives.
+class Arrived(NamedTuple):
+    """What the launches of a dispatch with new routes fill."""
 
-    The first one is launched on the side stream: so the second, and what is allocated for it, are ordered as those of
-    any other call. All that does not take the counts is done before they come.
-    """
+    sizes: Sizes
+    selections: list[int]  # [L], of each local expert, aligned; none if the host does not know
+    counts: RouteCounts
+    rows: Payload
+    beside: Beside
+
+
+def _find_routes(call: Call) -> DispatchResult:
     endpoint, request, order, args = call.endpoint, call.request, call.order, call.args
-    routing, topk_idx, num_ranks, planned = request.routing, call.topk_idx, endpoint.num_ranks, request.plan
-    num_topk, local_experts = topk_idx.shape[1], routing.num_experts // num_ranks
+    routing, topk_idx = request.routing, call.topk_idx
     copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
     with call.allocation():
         kept_idx = torch.empty_like(topk_idx) if copies_idx else topk_idx
@@ -290,29 +309,11 @@ def _find_routes(call: Call) -> DispatchResult:
     args.kept_idx = kept_idx.data_ptr() if copies_idx else None
     found = (slots, kept_idx) if copies_idx else (slots,)
 
-    sizes, selections, parts = planned.worst, list[int](), planned.whole
-    overlaps = request.exact_sizes and planned.halves_overlap
     with endpoint.breaking_on_error("dispatch"):
-        with endpoint.side.beside(order.stream) if overlaps else NOTHING as side:
-            if request.exact_sizes:
-                args.host_words = endpoint.expect_counts()
-                call.launch(planned.halves[:1], (), found, side)
-                parts = planned.halves[1:]
-            with call.allocation():
-                counts = RouteCounts.allocate(topk_idx, num_ranks, local_experts)
-            args.counts = counts.argument()
-            order.wait_for(request.timing.previous_event_before_epilogue)
-            if request.exact_sizes:
-                tokens, selections = endpoint.wait_for_counts(local_experts)
-                selections = [layout.align(count, routing.alignment) for count in selections]
-                sizes = Sizes(tokens, sum(selections))
-            with call.allocation():
-                outputs = call.allocate(sizes)
-                metadata = topk_idx.new_empty((sizes.tokens, num_topk + 2), dtype=torch.int32)
-            args.received.metadata = metadata.data_ptr()
-            call.launch(parts, (), (*found, *counts, *outputs.tensors, metadata))
-        pieces = (kept_idx, slots, metadata, counts.per_rank)  # one tensor of each piece of memory
-        event = call.end((routing.topk_idx,), (*outputs.tensors, *pieces))
+        sizes, selections, counts, rows, beside = (_in_halves if request.exact_sizes else _at_once)(call, found)
+        assert beside.metadata is not None
+        pieces = (kept_idx, slots, beside.metadata, counts.per_rank)  # one tensor of each piece of memory
+        event = call.end((routing.topk_idx,), (*rows, beside.topk_idx, beside.weights, *pieces))
 
     handle = EPHandle(
         do_expand=request.expand,
@@ -328,7 +329,7 @@ def _find_routes(call: Call) -> DispatchResult:
         psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
         psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
         num_unaligned_recv_tokens_per_expert=counts.per_expert,
-        recv_src_metadata=metadata,
+        recv_src_metadata=beside.metadata,
         dst_buffer_slot_idx=slots,
         per_expert_aligned=counts.per_expert_aligned,
         per_expert_end=counts.per_expert_end,
@@ -337,7 +338,40 @@ def _find_routes(call: Call) -> DispatchResult:
         rank=endpoint.rank,
     )
     handle.remember(order.keep(pieces))
-    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+    return rows.as_given, beside.topk_idx, beside.weights, handle, event
+
+
+def _at_once(call: Call, found: Tensors) -> Arrived:
+    """There is room for all that may come."""
+    request, sizes = call.request, call.request.plan.worst
+    counts, beside = call.allocate_counts(), call.allocate_beside(sizes)
+    call.order.wait_for(request.timing.previous_event_before_epilogue)
+    rows = call.allocate_rows(sizes)
+    call.launch(request.plan.whole, (), (*found, *counts, *rows, *beside))
+    return Arrived(sizes, [], counts, rows, beside)
+
+
+def _in_halves(call: Call, found: Tensors) -> Arrived:
+    """For exact sizes, the host waits while the first half sends and counts; then it launches the half that receives.
+
+    The first one is launched on the side stream: so the second, and what is allocated for it, are ordered as those of
+    any other call. From the counts to the second launch the device may have nothing to do, so what can be done before
+    or behind is not done there.
+    """
+    endpoint, request = call.endpoint, call.request
+    halves, routing = request.plan.halves, request.routing
+    with endpoint.side.beside(call.order.stream) if halves.beside is not None else NOTHING as side:
+        call.args.host_words = endpoint.host_counts.expect()
+        call.launch((halves.first,), (), found, side)
+        counts, beside = call.allocate_counts(), call.allocate_beside(request.plan.worst)
+        call.order.wait_for(request.timing.previous_event_before_epilogue)
+        told = endpoint.wait_for_counts(routing.num_experts // endpoint.num_ranks, routing.alignment)
+        sizes = Sizes(told.rows, told.num_selections)
+        rows = call.allocate_rows(sizes)
+        second = halves.after if halves.beside is None or endpoint.side.is_idle() else halves.beside
+        call.launch((second,), (), (*found, *counts, *rows, *beside))
+    beside.shrink(sizes)
+    return Arrived(sizes, told.selections.tolist(), counts, rows, beside)
 
 
 def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
@@ -345,13 +379,14 @@ def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
     request, args, counts = call.request, call.args, RouteCounts.of(handle)
     args.slots = handle.dst_buffer_slot_idx.data_ptr()
     with call.endpoint.breaking_on_error("dispatch"):
-        with call.allocation():
-            outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
+        sizes = Sizes(handle.num_recv_tokens, handle.num_expanded_tokens)
+        rows, beside = call.allocate_rows(sizes), call.allocate_beside(sizes)
         args.received.known_metadata = handle.recv_src_metadata.data_ptr()
         args.counts = counts.argument()
         call.order.wait_for(request.timing.previous_event_before_epilogue)
         known = (handle.dst_buffer_slot_idx, handle.recv_src_metadata, *counts)
-        call.launch(request.plan.whole, known, outputs.tensors)
-        event = call.end((), outputs.tensors, handle.kept)
+        outputs = (*rows, beside.topk_idx, beside.weights)
+        call.launch(request.plan.whole, known, outputs)
+        event = call.end((), outputs, handle.kept)
     handle.turn_to(request.expand)
-    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+    return rows.as_given, beside.topk_idx, beside.weights, handle, event

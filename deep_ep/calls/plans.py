@@ -54,15 +54,24 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Halves:
+    """A dispatch in two launches: one that sends and counts, and one that receives."""
+
+    first: Part
+    beside: Part | None
+    """The second, to run beside those of the first that send; None if there are no blocks for both."""
+    after: Part
+    """The second, to run when the first has ended: it has all blocks then."""
+
+
+@dataclass(frozen=True)
 class DispatchPlan:
     """How dispatches of one shape are launched."""
 
     whole: list[Part]
     """The launches of a call whose outputs are there: one, if there are blocks for both halves."""
-    halves: list[Part]
-    """The same where outputs have to wait for the counts: one launch for each half."""
-    halves_overlap: bool
-    """Whether the second may run beside the first: there are blocks for those who send and those who receive."""
+    halves: Halves
+    """The same where outputs have to wait for the counts."""
     worst: Sizes
     """What comes if every rank sends all it may."""
     args: DispatchArgs
@@ -105,12 +114,9 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
         divisions = (roles.division_in_place(num_blocks, shape.num_tokens),)
     elif num_blocks > 1:
         divisions = (roles.division(num_blocks, shape.num_tokens, traffic, shape.has_handle),)
-    halves = divisions if len(divisions) > 1 else divisions[0].halves
-
     return DispatchPlan(
         whole=_parts(kernel, memory.shared_bytes, divisions),
-        halves=_parts(kernel, memory.shared_bytes, halves),
-        halves_overlap=halves[0].num_send_blocks + halves[1].num_blocks <= num_blocks,
+        halves=_halves(kernel, memory.shared_bytes, num_blocks, divisions),
         worst=Sizes.worst(shape.max_tokens, num_ranks, shape.num_topk, local_experts, shape.alignment),
         args=args,
     )
@@ -119,6 +125,16 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
 def _parts(kernel: Kernel, shared_bytes: int, divisions: tuple[plan.Division, ...]) -> list[Part]:
     num_blocks = sum(each.num_blocks for each in divisions)
     return [Part(Launch(kernel, each.num_blocks, shared_bytes), each, num_blocks) for each in divisions]
+
+
+def _halves(kernel: Kernel, shared_bytes: int, num_blocks: int, divisions: tuple[plan.Division, ...]) -> Halves:
+    overlap = len(divisions) == 1
+    halves = divisions[0].halves if overlap else divisions
+    first, second = _parts(kernel, shared_bytes, halves)
+    # The first is told of fewer blocks in all than there are, if the second gets more. It does not matter: nobody else
+    # has ended by then, so it does not take itself for the last one.
+    _, after = _parts(kernel, shared_bytes, (halves[0], plan.Division.receiving(num_blocks)))
+    return Halves(first, second if overlap else None, after)
 
 
 class CombineShape(NamedTuple):

@@ -7,11 +7,9 @@ from typing import NamedTuple
 import torch
 
 from deep_ep import plan
-from deep_ep.calls.endpoint import Tensors
-from deep_ep.calls.payload import Payload
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import pointer
-from deep_ep.ops.dispatch import Counts, Received, Scales
+from deep_ep.ops.dispatch import Counts, Received
 
 
 class Sizes(NamedTuple):
@@ -62,40 +60,35 @@ class RouteCounts(NamedTuple):
         )
 
 
-class Outputs(NamedTuple):
-    """What a dispatch returns: ``rows`` are tokens, or rows of the expanded layout."""
+class Beside(NamedTuple):
+    """What a dispatch finds out about each row: little, compared with the rows. So it may be allocated before their
+    number is known."""
 
-    payload: Payload  # [rows, H]
     topk_idx: torch.Tensor | None  # [tokens, K]; None in the expanded layout
-    weights: torch.Tensor | None  # float32: [tokens, K], or [rows] in the expanded layout
+    weights: torch.Tensor | None  # float32: [tokens, K], or [expanded rows]
+    metadata: torch.Tensor | None  # [tokens, K + 2] int32; None where a handle has it
 
     @staticmethod
     def allocate(
-        payload: Payload,
-        topk_idx: torch.Tensor,
-        weights: torch.Tensor | None,
-        sizes: Sizes,
-        *,
-        expand: bool,
-        col_major_scales: bool,
-    ) -> Outputs:
-        """Room for what comes of such tokens."""
-        rows, num_topk = sizes.expanded if expand else sizes.tokens, topk_idx.shape[1]
-        return Outputs(
-            payload.new_empty(rows, col_major_scales=col_major_scales),
-            None if expand else topk_idx.new_empty((rows, num_topk)),
-            None if weights is None else weights.new_empty(rows if expand else (rows, num_topk)),
+        topk_idx: torch.Tensor, weights: torch.Tensor | None, sizes: Sizes, *, expand: bool, metadata: bool
+    ) -> Beside:
+        """Room for what such tokens bring. The arguments: what goes out."""
+        tokens, num_topk = sizes.tokens, topk_idx.shape[1]
+        return Beside(
+            None if expand else topk_idx.new_empty((tokens, num_topk)),
+            None if weights is None else weights.new_empty(sizes.expanded if expand else (tokens, num_topk)),
+            topk_idx.new_empty((tokens, num_topk + 2), dtype=torch.int32) if metadata else None,
         )
 
-    @property
-    def tensors(self) -> Tensors:
-        return self.payload.rows, self.payload.scales, self.topk_idx, self.weights
-
-    def tell(self, received: Received, sizes: Sizes) -> None:
-        """Set the kernel's arguments to where they are, but for metadata; the plan knows the layout."""
-        received.x = self.payload.rows.data_ptr()
+    def tell(self, received: Received) -> None:
+        """Set the kernel's arguments to where they are."""
         received.topk_idx = pointer(self.topk_idx)
         received.weights = pointer(self.weights)
-        received.rows, received.expanded_rows = sizes
-        if self.payload.scales is not None:
-            received.scales = Scales.of(self.payload.scales)
+        received.metadata = pointer(self.metadata)
+
+    def shrink(self, sizes: Sizes) -> None:
+        """To what has come, in place; the memory stays as large as it was."""
+        for tensor in self:
+            if tensor is not None:
+                rows = sizes.tokens if tensor.dim() > 1 else sizes.expanded
+                tensor.resize_((rows, *tensor.shape[1:]))

@@ -98,8 +98,10 @@ class Settings:
     def plan_dispatch(self, endpoint: Endpoint, shape: plans.DispatchShape) -> plans.DispatchPlan:
         """Takes the place of what the package plans."""
         planned = plans.plan_dispatch(endpoint, shape)
-        halves = endpoint.rank in self.halving and not shape.has_handle
-        return replace(planned, whole=planned.halves) if halves else planned
+        if endpoint.rank not in self.halving or shape.has_handle:
+            return planned
+        halves = planned.halves
+        return replace(planned, whole=[halves.first, halves.beside or halves.after])
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ class Queued:
     args: ctypes.Structure
     num_blocks: int
     shared_bytes: int
-    reads: Sequence[torch.Tensor]
-    writes: Sequence[torch.Tensor]
+    reads: Sequence[torch.Tensor | None]
+    writes: Sequence[torch.Tensor | None]
     beside: bool  # the one before it
 
 
@@ -174,13 +176,15 @@ class ThreadMachine:
         num_blocks: int,
         shared_bytes: int,
         stream: Any,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
+        reads: Sequence[torch.Tensor | None],
+        writes: Sequence[torch.Tensor | None],
         meets_peers: bool = True,
     ) -> None:
-        own_args = type(args).from_buffer_copy(args)  # the caller may change its own for the next launch
+        # The caller may change its own for the next launch, and shrink its tensors.
+        own_args = type(args).from_buffer_copy(args)
+        own_reads, own_writes = ([None if each is None else each.detach() for each in some] for some in (reads, writes))
         beside = bool(self.queue) and num_blocks + self._still_sending(self.queue[-1]) <= self.num_sms
-        self.queue.append(Queued(kernel, own_args, num_blocks, shared_bytes, reads, writes, beside))
+        self.queue.append(Queued(kernel, own_args, num_blocks, shared_bytes, own_reads, own_writes, beside))
 
     def _still_sending(self, queued: Queued) -> int:
         """Blocks that keep their SMs while the launch after it may run already: only in the first half of a dispatch

@@ -35,7 +35,7 @@ def test_exact_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
     """Senders report the counts, the host allocates, receivers fill."""
     machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
     handle = dispatch(buffer, num_sms=4, expert_alignment=4)
-    assert machine.launches == [("dispatch", 2, 1), ("dispatch", 3, 0)]
+    assert machine.launches == [("dispatch", 2, 1), ("dispatch", 4, 0)]
     assert handle.num_recv_tokens == handle.recv_src_metadata.shape[0] == 3
     assert handle.num_recv_tokens_per_expert_list == [4, 0, 4, 8]
     assert handle.num_expanded_tokens == 16
@@ -43,13 +43,23 @@ def test_exact_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
 
 @pytest.mark.parametrize("do_cpu_sync", [True, False])
 @pytest.mark.parametrize("num_sms", [1, 4])
+@pytest.mark.parametrize("first_has_ended", [False, True])
 def test_only_halves_that_fit_run_beside_each_other(
-    machine: FakeMachine, buffer: ElasticBuffer, monkeypatch: pytest.MonkeyPatch, num_sms: int, do_cpu_sync: bool
+    machine: FakeMachine,
+    buffer: ElasticBuffer,
+    monkeypatch: pytest.MonkeyPatch,
+    num_sms: int,
+    do_cpu_sync: bool,
+    first_has_ended: bool,
 ) -> None:
-    """One block does one after the other, on the call's stream."""
+    """One block does one after the other, on the call's stream. If the first half has ended when the second is
+    launched, that takes over its blocks."""
     log: list[object] = []
 
     class Side:
+        def is_idle(self) -> bool:
+            return first_has_ended
+
         @contextlib.contextmanager
         def beside(self, stream: object) -> Iterator[str]:
             log.append("begin")
@@ -66,7 +76,8 @@ def test_only_halves_that_fit_run_beside_each_other(
     if num_sms == 1:
         assert log == [(1, 2, None), (1, 2, None)]
     elif do_cpu_sync:
-        assert log == ["begin", (2, 5, "side"), (3, 5, None), "end"]
+        second = (4, 6, None) if first_has_ended else (3, 5, None)
+        assert log == ["begin", (2, 5, "side"), second, "end"]
     else:
         assert log == [(4, 4, None)]
 

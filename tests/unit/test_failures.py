@@ -175,7 +175,7 @@ def test_nothing_goes_on_after_half_a_call(
         raise torch.OutOfMemoryError("no memory")
 
     machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
-    monkeypatch.setattr(calls_dispatch.Outputs, "allocate", allocate)
+    monkeypatch.setattr(calls_dispatch.Payload, "new_empty", allocate)
     with pytest.raises(torch.OutOfMemoryError):
         dispatch(buffer)
     monkeypatch.undo()
