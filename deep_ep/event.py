@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -121,43 +121,6 @@ class CallEnd:
             event = self._own
         self.stream, self.event = stream, event
         return event
-
-
-class SideStream:
-    """A second stream, for a launch that runs beside others of its call. Made when it is first used.
-
-    Args:
-        comm_stream: the machine's, or None on simulated ranks (then nothing here does anything).
-    """
-
-    def __init__(self, comm_stream: torch.cuda.Stream | None) -> None:
-        self._comm_stream = comm_stream
-        self._stream: torch.cuda.Stream | None = None
-        self._event: torch.cuda.Event | None = None  # recorded again and again, as a call's end
-
-    def is_idle(self) -> bool:
-        """Whether all that was launched on it has ended."""
-        return self._stream is None or self._stream.query()
-
-    @contextmanager
-    def beside(self, stream: torch.cuda.Stream | None) -> Iterator[torch.cuda.Stream | None]:
-        """The context of launches on the side stream. They run after what ``stream``, the call's own, was given before
-        this context, and before what it is given behind it, however the context ends: after an error, too, what was
-        launched may still run. So whoever frees or writes their tensors need not know of the side stream."""
-        if self._comm_stream is None or stream is None:
-            yield None
-            return
-        if self._stream is None or self._event is None:
-            self._stream = torch.cuda.Stream(self._comm_stream.device, priority=self._comm_stream.priority)  # type: ignore[no-untyped-call]
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record(stream)
-        self._stream.wait_event(self._event)
-        try:
-            yield self._stream
-        finally:
-            # Not earlier: where streams share a queue of the device, what is launched behind this waits, too.
-            self._event.record(self._stream)
-            stream.wait_event(self._event)
 
 
 class LastCall:
@@ -319,6 +282,12 @@ class CallOrder:
             if kept is not None:
                 kept.stream = self.stream
         return EventOverlap(event)
+
+    def abandon(self) -> None:
+        """Instead of end(), after an error: what was launched may still run, with tensors that nobody holds any more.
+        So whatever gets their memory waits for it."""
+        if self._beside and self._current is not None and self.stream is not None:
+            self._current.wait_stream(self.stream)
 
     def keep(self, outputs: Sequence[torch.Tensor]) -> Kept:
         """Outputs that end() has seen, for later calls to read."""

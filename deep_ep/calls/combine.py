@@ -89,7 +89,7 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
         num_topk=num_topk,
         num_experts=handle.num_experts,
         max_tokens=max_tokens,
-        num_sms=endpoint.num_sms(told or handle.told_num_sms, KINDS[returned], num_topk),
+        num_sms=endpoint.num_sms(told or handle.told_num_sms, KINDS[returned], num_topk, num_tokens),
         returned=returned,
         has_weights=weights is not None,
     )
@@ -112,7 +112,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
     slots, per_rank = handle.dst_buffer_slot_idx, handle.psum_num_recv_tokens_per_scaleup_rank
     given = (x, request.weights, *request.biases)
     results: Tensors = (combined_x, combined_weights)
-    with endpoint.breaking_on_error("combine"):
+    with endpoint.breaking_on_error("combine", order):
         endpoint.launch(
             request.plan.launch,
             _arguments(request, weights, metadata, combined_x, combined_weights),

@@ -13,13 +13,14 @@ from deep_ep import layout, validate
 from deep_ep.calls.endpoint import Endpoint, Tensors
 from deep_ep.calls.payload import Payload
 from deep_ep.calls.plans import DispatchPlan, DispatchShape, Part, plan_dispatch
-from deep_ep.calls.received import Beside, RouteCounts, Sizes
-from deep_ep.event import NOTHING, CallOrder, EventOverlap, Kept, Timing
+from deep_ep.calls.received import Outputs, RouteCounts, Sizes
+from deep_ep.event import CallOrder, EventOverlap, Kept, Timing
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import InPlace, pointer
 from deep_ep.ops.dispatch import COPIED, WORD_BYTES, DispatchArgs, Scales
 from deep_ep.sm_model import Kind
 
+NO_ROOM = -1  # rows: not even for none
 SCALES_COPIED = COPIED // WORD_BYTES  # what the copy engine moves at least
 KINDS = {  # in place, expanded
     (False, False): Kind.DISPATCH,
@@ -115,7 +116,7 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         num_experts=routing.num_experts,
         max_tokens=validate.fitting_tokens(routing.max_tokens, num_tokens),
         alignment=routing.alignment,
-        num_sms=endpoint.num_sms(asked.num_sms, kind, num_topk),
+        num_sms=endpoint.num_sms(asked.num_sms, kind, num_topk, num_tokens),
         has_weights=weights is not None,
         has_handle=routing.handle is not None,
         expand=expand,
@@ -227,25 +228,21 @@ class Call:
         """The context in which all is allocated that the kernel writes."""
         return self.order.allocation(self.request.timing.allocate_on_comm_stream)
 
-    def allocate_rows(self, sizes: Sizes) -> Payload:
-        """Room for the rows that come, of which the kernel knows then."""
-        request, received = self.request, self.args.received
+    def allocate(self, sizes: Sizes) -> Outputs:
+        """Room for what comes, of which the kernel knows then."""
+        request, topk_idx, weights = self.request, self.topk_idx, self.weights
+        tokens, num_topk = sizes.tokens, topk_idx.shape[1]
+        rows = sizes.expanded if request.expand else tokens
+        is_new = request.routing.handle is None
         with self.allocation():
-            num_rows = sizes.expanded if request.expand else sizes.tokens
-            rows = request.payload.new_empty(num_rows, col_major_scales=request.col_major_scales)
-        received.x = rows.rows.data_ptr()
-        received.rows, received.expanded_rows = sizes
-        if rows.scales is not None:
-            received.scales = Scales.of(rows.scales)
-        return rows
-
-    def allocate_beside(self, sizes: Sizes) -> Beside:
-        """Room for what comes beside them, of which the kernel knows then."""
-        is_new = self.request.routing.handle is None
-        with self.allocation():
-            beside = Beside.allocate(self.topk_idx, self.weights, sizes, expand=self.request.expand, metadata=is_new)
-        beside.tell(self.args.received)
-        return beside
+            outputs = Outputs(
+                request.payload.new_empty(rows, col_major_scales=request.col_major_scales),
+                None if request.expand else topk_idx.new_empty((tokens, num_topk)),
+                None if weights is None else weights.new_empty(rows if request.expand else (rows, num_topk)),
+                topk_idx.new_empty((tokens, num_topk + 2), dtype=torch.int32) if is_new else None,
+            )
+        outputs.tell(self.args.received, sizes)
+        return outputs
 
     def allocate_counts(self) -> RouteCounts:
         """Room for the counts of new routes, of which the kernel knows then."""
@@ -255,8 +252,8 @@ class Call:
         self.args.counts = counts.argument()
         return counts
 
-    def launch(self, parts: Sequence[Part], reads: Tensors, writes: Tensors, stream: Any = None) -> None:
-        """Launch all parts, on the call's stream or on another. ``reads``, ``writes``: beside those of every launch."""
+    def launch(self, parts: Sequence[Part], reads: Tensors, writes: Tensors) -> None:
+        """Launch all parts. ``reads``, ``writes``: beside those of every launch."""
         payload, args = self.request.payload, self.args
         for part in parts:
             division = part.division
@@ -271,7 +268,6 @@ class Call:
                 reads=(payload.rows, payload.scales, self.weights, self.topk_idx, *reads),
                 writes=(self.request.stats, *writes),
                 meets_peers=division.num_send_blocks > 0 or self.request.in_place is not None,
-                stream=stream,
             )
 
     def end(self, inputs: Tensors, outputs: Tensors, kept: Kept | None = None) -> EventOverlap:
@@ -294,8 +290,7 @@ class Arrived(NamedTuple):
     sizes: Sizes
     selections: list[int]  # [L], of each local expert, aligned; none if the host does not know
     counts: RouteCounts
-    rows: Payload
-    beside: Beside
+    outputs: Outputs
 
 
 def _find_routes(call: Call) -> DispatchResult:
@@ -309,11 +304,11 @@ def _find_routes(call: Call) -> DispatchResult:
     args.kept_idx = kept_idx.data_ptr() if copies_idx else None
     found = (slots, kept_idx) if copies_idx else (slots,)
 
-    with endpoint.breaking_on_error("dispatch"):
-        sizes, selections, counts, rows, beside = (_in_halves if request.exact_sizes else _at_once)(call, found)
-        assert beside.metadata is not None
-        pieces = (kept_idx, slots, beside.metadata, counts.per_rank)  # one tensor of each piece of memory
-        event = call.end((routing.topk_idx,), (*rows, beside.topk_idx, beside.weights, *pieces))
+    with endpoint.breaking_on_error("dispatch", order):
+        sizes, selections, counts, outputs = (_counted if request.exact_sizes else _uncounted)(call, found)
+        assert outputs.metadata is not None
+        pieces = (kept_idx, slots, outputs.metadata, counts.per_rank)  # one tensor of each piece of memory
+        event = call.end((routing.topk_idx,), (*outputs.without_metadata, *pieces))
 
     handle = EPHandle(
         do_expand=request.expand,
@@ -329,7 +324,7 @@ def _find_routes(call: Call) -> DispatchResult:
         psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
         psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
         num_unaligned_recv_tokens_per_expert=counts.per_expert,
-        recv_src_metadata=beside.metadata,
+        recv_src_metadata=outputs.metadata,
         dst_buffer_slot_idx=slots,
         per_expert_aligned=counts.per_expert_aligned,
         per_expert_end=counts.per_expert_end,
@@ -338,55 +333,62 @@ def _find_routes(call: Call) -> DispatchResult:
         rank=endpoint.rank,
     )
     handle.remember(order.keep(pieces))
-    return rows.as_given, beside.topk_idx, beside.weights, handle, event
+    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
 
 
-def _at_once(call: Call, found: Tensors) -> Arrived:
+def _uncounted(call: Call, found: Tensors) -> Arrived:
     """There is room for all that may come."""
     request, sizes = call.request, call.request.plan.worst
-    counts, beside = call.allocate_counts(), call.allocate_beside(sizes)
+    counts = call.allocate_counts()
     call.order.wait_for(request.timing.previous_event_before_epilogue)
-    rows = call.allocate_rows(sizes)
-    call.launch(request.plan.whole, (), (*found, *counts, *rows, *beside))
-    return Arrived(sizes, [], counts, rows, beside)
+    outputs = call.allocate(sizes)
+    call.launch(request.plan.whole, (), (*found, *counts, *outputs.tensors))
+    return Arrived(sizes, [], counts, outputs)
 
 
-def _in_halves(call: Call, found: Tensors) -> Arrived:
-    """For exact sizes, the host waits while the first half sends and counts; then it launches the half that receives.
+def _counted(call: Call, found: Tensors) -> Arrived:
+    """For exact sizes, the host waits for the counts.
 
-    The first one is launched on the side stream: so the second, and what is allocated for it, are ordered as those of
-    any other call. From the counts to the second launch the device may have nothing to do, so what can be done before
-    or behind is not done there.
+    With room for what this rank expects, all is launched at once, and tensors shrink to what has come: so the device
+    does not wait for the host. If more comes, or if there was no room at all, that launch receives nothing, and another
+    one behind it does.
     """
-    endpoint, request = call.endpoint, call.request
-    halves, routing = request.plan.halves, request.routing
-    with endpoint.side.beside(call.order.stream) if halves.beside is not None else NOTHING as side:
-        call.args.host_words = endpoint.host_counts.expect()
-        call.launch((halves.first,), (), found, side)
-        counts, beside = call.allocate_counts(), call.allocate_beside(request.plan.worst)
-        call.order.wait_for(request.timing.previous_event_before_epilogue)
-        told = endpoint.wait_for_counts(routing.num_experts // endpoint.num_ranks, routing.alignment)
-        sizes = Sizes(told.rows, told.num_selections)
-        rows = call.allocate_rows(sizes)
-        second = halves.after if halves.beside is None or endpoint.side.is_idle() else halves.beside
-        call.launch((second,), (), (*found, *counts, *rows, *beside))
-    beside.shrink(sizes)
-    return Arrived(sizes, told.selections.tolist(), counts, rows, beside)
+    endpoint, request, args = call.endpoint, call.request, call.args
+    planned, routing, epilogue = request.plan, request.routing, request.timing.previous_event_before_epilogue
+    counts, room = call.allocate_counts(), None
+    if planned.receives and epilogue is None and not request.col_major_scales:  # whose columns would lie too far apart
+        room = planned.expected.room(request.expand)
+    outputs = None if room is None else call.allocate(room)
+    if outputs is None:
+        args.received.rows = NO_ROOM
+    args.host_words = endpoint.host_counts.expect()
+    call.launch((planned.counting,), (), (*found, *counts, *(outputs.tensors if outputs is not None else ())))
+    told = endpoint.wait_for_counts(routing.num_experts // endpoint.num_ranks, routing.alignment)
+    sizes = Sizes(told.rows, told.num_selections)
+    planned.expected.note(sizes)
+    if outputs is not None and room is not None and room.hold(sizes):
+        outputs.shrink(sizes.tokens, sizes.expanded if request.expand else sizes.tokens)
+    else:
+        outputs = None  # what it had may serve at once
+        outputs = call.allocate(sizes)
+        call.order.wait_for(epilogue)
+        args.host_words = None
+        call.launch((planned.receiving,), (), (*found, *counts, *outputs.tensors))
+    return Arrived(sizes, told.selections.tolist(), counts, outputs)
 
 
 def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
     """All is known: no counts travel and the host waits for nothing."""
     request, args, counts = call.request, call.args, RouteCounts.of(handle)
     args.slots = handle.dst_buffer_slot_idx.data_ptr()
-    with call.endpoint.breaking_on_error("dispatch"):
+    with call.endpoint.breaking_on_error("dispatch", call.order):
         sizes = Sizes(handle.num_recv_tokens, handle.num_expanded_tokens)
-        rows, beside = call.allocate_rows(sizes), call.allocate_beside(sizes)
+        outputs = call.allocate(sizes)
         args.received.known_metadata = handle.recv_src_metadata.data_ptr()
         args.counts = counts.argument()
         call.order.wait_for(request.timing.previous_event_before_epilogue)
         known = (handle.dst_buffer_slot_idx, handle.recv_src_metadata, *counts)
-        outputs = (*rows, beside.topk_idx, beside.weights)
-        call.launch(request.plan.whole, known, outputs)
-        event = call.end((), outputs, handle.kept)
+        call.launch(request.plan.whole, known, outputs.without_metadata)
+        event = call.end((), outputs.without_metadata, handle.kept)
     handle.turn_to(request.expand)
-    return rows.as_given, beside.topk_idx, beside.weights, handle, event
+    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

@@ -18,7 +18,7 @@ from deep_ep.calls.host_counts import HostCounts, Told
 from deep_ep.calls.owner import Owner
 from deep_ep.calls.registered import Registered
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
-from deep_ep.event import NOTHING, CallOrder, EventHandle, LastCall, SideStream, Timing, looking
+from deep_ep.event import NOTHING, CallOrder, EventHandle, LastCall, Timing, looking
 from deep_ep.handle import EPHandle
 from deep_ep.machine import Machine, open_machine, raise_together
 from deep_ep.machine.meeting import Limits
@@ -97,7 +97,6 @@ class Endpoint:
         self.registered = Registered(self.window.part(registered.offset, registered.num_bytes))
         self.device = self.machine.device
         machine = self.machine
-        self.side = SideStream(machine.comm_stream)
         self.speeds = sm_model.Speeds.of(self.environment.nvlink_gbs, machine.wire_gbs, machine.memory_gbs)
         self.enough_sms = sm_model.table(self.num_ranks, self.speeds, self.most_sms)
         self.shared_limit = self.machine.shared_bytes_per_block
@@ -158,7 +157,7 @@ class Endpoint:
         if host_waits:
             self.refuse_capture("with_cpu_sync must be False inside a CUDA graph capture: the host cannot wait there")
         order = self.order(Timing(None, None, asynchronous=on_comm_stream, allocate_on_comm_stream=False))
-        with self.breaking_on_error("barrier"):
+        with self.breaking_on_error("barrier", order):
             args = BarrierArgs(window=self.window_argument, patience=self.patience_argument)
             self.launch(Launch(BARRIER, num_blocks=1, shared_bytes=0), args, order=order, reads=(), writes=())
             order.end((), ()).current_stream_wait()
@@ -270,7 +269,7 @@ class Endpoint:
         return looking(self.machine.comm_stream, timing.previous_event)
 
     @contextlib.contextmanager
-    def breaking_on_error(self, call: str) -> Iterator[None]:
+    def breaking_on_error(self, call: str, order: CallOrder) -> Iterator[None]:
         """From a call's first launch to its last: whatever ends it in between (out of memory, Ctrl-C) leaves counters
         that the next call would trip over. What ends it before the first launch leaves nothing. Where kernels have
         ended by then, what they recorded is raised at the end; else it is for a later call to find."""
@@ -281,6 +280,7 @@ class Endpoint:
                 self._check_fault()
         except BaseException as error:
             if self._has_launched:
+                order.abandon()
                 self._broken = self._broken or f"a {call} was left half-done ({type(error).__name__}: {error})"
             raise
 
@@ -382,11 +382,11 @@ class Endpoint:
             plan = self.plans[make, shape] = make(self, shape)
         return plan
 
-    def num_sms(self, given: Any, kind: sm_model.Kind, num_topk: int) -> int:
+    def num_sms(self, given: Any, kind: sm_model.Kind, num_topk: int, num_tokens: int) -> int:
         """SMs of a call; 0 stands for the analytic choice."""
         num_sms = validate.is_count("num_sms", given, 0)
         if num_sms == 0:
-            return self.enough_sms[kind][num_topk]
+            return max(self.enough_sms[kind][num_topk], min(sm_model.of_few(kind, num_tokens), self.most_sms))
         if self.machine.name == "cuda":
             validate.is_count("num_sms", num_sms, 1, self.most_sms, "a call on this device takes no more")
         return num_sms
@@ -416,16 +416,15 @@ class Endpoint:
         reads: Tensors,
         writes: Tensors,
         meets_peers: bool = True,
-        stream: Any = None,
     ) -> None:
-        """Launch a call, or a part of it, on the call's stream or on ``stream``; see Machine.launch."""
+        """Launch a call, or a part of it; see Machine.launch."""
         self._has_launched = True
         self.machine.launch(
             launch.kernel,
             args,
             num_blocks=launch.num_blocks,
             shared_bytes=launch.shared_bytes,
-            stream=order.stream if stream is None else stream,
+            stream=order.stream,
             reads=reads,
             writes=writes,
             meets_peers=meets_peers,

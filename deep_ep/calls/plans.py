@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from deep_ep import layout, plan
 from deep_ep.calls.endpoint import Endpoint, Launch
+from deep_ep.calls.expected import Expected
 from deep_ep.calls.received import Sizes
 from deep_ep.jit import Kernel
 from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing
@@ -54,24 +55,19 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Halves:
-    """A dispatch in two launches: one that sends and counts, and one that receives."""
-
-    first: Part
-    beside: Part | None
-    """The second, to run beside those of the first that send; None if there are no blocks for both."""
-    after: Part
-    """The second, to run when the first has ended: it has all blocks then."""
-
-
-@dataclass(frozen=True)
 class DispatchPlan:
     """How dispatches of one shape are launched."""
 
     whole: list[Part]
-    """The launches of a call whose outputs are there: one, if there are blocks for both halves."""
-    halves: Halves
-    """The same where outputs have to wait for the counts."""
+    """The launches of a call that has room for all that may come: one, if there are blocks to send and to receive."""
+    counting: Part
+    """The launch that tells the host the counts, and may receive what there is room for."""
+    receives: bool
+    """Whether it may."""
+    receiving: Part
+    """The launch behind it, if it has received nothing."""
+    expected: Expected
+    """What there should be room for."""
     worst: Sizes
     """What comes if every rank sends all it may."""
     args: DispatchArgs
@@ -109,15 +105,20 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
         tables_bytes=memory.tables_bytes,
     )
     kernel = dispatch_kernel(roles, PlacesFrom.HANDLE if shape.has_handle else PlacesFrom.SELECTIONS, shape.in_place)
-    divisions: tuple[plan.Division, ...] = plan.ONE_BLOCK_HALVES
+    divisions: tuple[plan.Division, ...] = plan.ONE_BLOCK
     if shape.in_place:
         divisions = (roles.division_in_place(num_blocks, shape.num_tokens),)
     elif num_blocks > 1:
         divisions = (roles.division(num_blocks, shape.num_tokens, traffic, shape.has_handle),)
+    counting, receiving = _parts(kernel, memory.shared_bytes, (divisions[0], plan.Division.receiving(num_blocks)))
+    worst = Sizes.worst(shape.max_tokens, num_ranks, shape.num_topk, local_experts, shape.alignment)
     return DispatchPlan(
         whole=_parts(kernel, memory.shared_bytes, divisions),
-        halves=_halves(kernel, memory.shared_bytes, num_blocks, divisions),
-        worst=Sizes.worst(shape.max_tokens, num_ranks, shape.num_topk, local_experts, shape.alignment),
+        counting=counting,
+        receives=len(divisions) == 1 and not shape.in_place,
+        receiving=receiving,
+        expected=Expected(worst),
+        worst=worst,
         args=args,
     )
 
@@ -125,16 +126,6 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
 def _parts(kernel: Kernel, shared_bytes: int, divisions: tuple[plan.Division, ...]) -> list[Part]:
     num_blocks = sum(each.num_blocks for each in divisions)
     return [Part(Launch(kernel, each.num_blocks, shared_bytes), each, num_blocks) for each in divisions]
-
-
-def _halves(kernel: Kernel, shared_bytes: int, num_blocks: int, divisions: tuple[plan.Division, ...]) -> Halves:
-    overlap = len(divisions) == 1
-    halves = divisions[0].halves if overlap else divisions
-    first, second = _parts(kernel, shared_bytes, halves)
-    # The first is told of fewer blocks in all than there are, if the second gets more. It does not matter: nobody else
-    # has ended by then, so it does not take itself for the last one.
-    _, after = _parts(kernel, shared_bytes, (halves[0], plan.Division.receiving(num_blocks)))
-    return Halves(first, second if overlap else None, after)
 
 
 class CombineShape(NamedTuple):

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 
 from deep_ep import plan
+from deep_ep.calls.endpoint import Tensors
+from deep_ep.calls.payload import Payload
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import pointer
-from deep_ep.ops.dispatch import Counts, Received
+from deep_ep.ops.dispatch import Counts, Received, Scales
 
 
 class Sizes(NamedTuple):
@@ -23,6 +25,10 @@ class Sizes(NamedTuple):
         """Every rank sends all it may."""
         expanded = plan.expanded_rows_at_most(max_tokens, num_ranks, num_topk, local_experts, alignment)
         return Sizes(num_ranks * max_tokens, expanded)
+
+    def hold(self, sizes: Sizes) -> bool:
+        """Whether there is room for so many; include/deep_ep/kernels/dispatch.cuh finds the same."""
+        return sizes.tokens <= self.tokens and sizes.expanded <= self.expanded
 
 
 class RouteCounts(NamedTuple):
@@ -60,35 +66,40 @@ class RouteCounts(NamedTuple):
         )
 
 
-class Beside(NamedTuple):
-    """What a dispatch finds out about each row: little, compared with the rows. So it may be allocated before their
-    number is known."""
+class Outputs(NamedTuple):
+    """What a dispatch returns: ``rows`` are tokens, or rows of the expanded layout."""
 
+    payload: Payload  # [rows, H]
     topk_idx: torch.Tensor | None  # [tokens, K]; None in the expanded layout
-    weights: torch.Tensor | None  # float32: [tokens, K], or [expanded rows]
-    metadata: torch.Tensor | None  # [tokens, K + 2] int32; None where a handle has it
+    weights: torch.Tensor | None  # float32: [tokens, K], or [rows] in the expanded layout
+    metadata: torch.Tensor | None  # int32: [tokens, K + 2]; None where a handle has it
 
-    @staticmethod
-    def allocate(
-        topk_idx: torch.Tensor, weights: torch.Tensor | None, sizes: Sizes, *, expand: bool, metadata: bool
-    ) -> Beside:
-        """Room for what such tokens bring. The arguments: what goes out."""
-        tokens, num_topk = sizes.tokens, topk_idx.shape[1]
-        return Beside(
-            None if expand else topk_idx.new_empty((tokens, num_topk)),
-            None if weights is None else weights.new_empty(sizes.expanded if expand else (tokens, num_topk)),
-            topk_idx.new_empty((tokens, num_topk + 2), dtype=torch.int32) if metadata else None,
-        )
+    @property
+    def without_metadata(self) -> Tensors:
+        return *self.payload, self.topk_idx, self.weights
 
-    def tell(self, received: Received) -> None:
-        """Set the kernel's arguments to where they are."""
+    @property
+    def tensors(self) -> Tensors:
+        return *self.without_metadata, self.metadata
+
+    def tell(self, received: Received, sizes: Sizes) -> None:
+        """Set the kernel's arguments to where they are; the plan knows the layout."""
+        received.x = self.payload.rows.data_ptr()
         received.topk_idx = pointer(self.topk_idx)
         received.weights = pointer(self.weights)
         received.metadata = pointer(self.metadata)
+        received.rows, received.expanded_rows = sizes
+        if self.payload.scales is not None:
+            received.scales = Scales.of(self.payload.scales)
 
-    def shrink(self, sizes: Sizes) -> None:
-        """To what has come, in place; the memory stays as large as it was."""
-        for tensor in self:
+    def shrink(self, tokens: int, rows: int) -> None:
+        """To the first ones, in place; the memory stays as large as it was. Scale factors are row-major."""
+        for tensor, count in (
+            (self.payload.rows, rows),
+            (self.payload.scales, rows),
+            (self.topk_idx, tokens),
+            (self.weights, rows),
+            (self.metadata, tokens),
+        ):
             if tensor is not None:
-                rows = sizes.tokens if tensor.dim() > 1 else sizes.expanded
-                tensor.resize_((rows, *tensor.shape[1:]))
+                tensor.resize_((count, *tensor.shape[1:]))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import deep_ep
-from deep_ep import ElasticBuffer, autograd, layout, sm_model
+from deep_ep import ElasticBuffer, EventOverlap, autograd, layout, sm_model
+from deep_ep.calls.expected import NO_LIMIT
 from deep_ep.ops.dispatch import DispatchArgs
 from deep_ep.sm_model import Kind
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
@@ -32,54 +35,89 @@ def test_buffers_of_the_same_ranks_have_different_numbers(
 
 
 def test_exact_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
-    """Senders report the counts, the host allocates, receivers fill."""
+    """A first launch reports the counts, the host allocates, a second one receives."""
     machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
     handle = dispatch(buffer, num_sms=4, expert_alignment=4)
-    assert machine.launches == [("dispatch", 2, 1), ("dispatch", 4, 0)]
+    assert machine.launches == [("dispatch", 4, 1), ("dispatch", 4, 0)]
     assert handle.num_recv_tokens == handle.recv_src_metadata.shape[0] == 3
     assert handle.num_recv_tokens_per_expert_list == [4, 0, 4, 8]
     assert handle.num_expanded_tokens == 16
 
 
-@pytest.mark.parametrize("do_cpu_sync", [True, False])
-@pytest.mark.parametrize("num_sms", [1, 4])
-@pytest.mark.parametrize("first_has_ended", [False, True])
-def test_only_halves_that_fit_run_beside_each_other(
-    machine: FakeMachine,
-    buffer: ElasticBuffer,
-    monkeypatch: pytest.MonkeyPatch,
-    num_sms: int,
-    do_cpu_sync: bool,
-    first_has_ended: bool,
-) -> None:
-    """One block does one after the other, on the call's stream. If the first half has ended when the second is
-    launched, that takes over its blocks."""
-    log: list[object] = []
+class Launches:
+    """What launches of dispatches are told, and how many rows they report."""
 
-    class Side:
-        def is_idle(self) -> bool:
-            return first_has_ended
+    def __init__(self, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[tuple[int, int, int, bool, int, int]] = []
+        self.counts = [3, 1, 0, 2, 5]
+        self._machine = machine
+        monkeypatch.setattr(machine, "launch", self._launch)
 
-        @contextlib.contextmanager
-        def beside(self, stream: object) -> Iterator[str]:
-            log.append("begin")
-            yield "side"
-            log.append("end")
+    def _launch(self, kernel: object, args: DispatchArgs, *, num_blocks: int, **_: object) -> None:
+        reports, received = bool(args.host_words), args.received
+        self.told.append(
+            (num_blocks, args.num_send_blocks, args.num_blocks, reports, received.rows, received.expanded_rows)
+        )
+        if reports:
+            self._machine.report_counts(*self.counts)
 
-    def launch(kernel: object, args: DispatchArgs, *, num_blocks: int, stream: object, **_: object) -> None:
-        log.append((num_blocks, args.num_blocks, stream))
-        machine.report_counts(3, 1, 0, 2, 5)
+    def of(self, call: Callable[[], Any]) -> list[tuple[int, int, int, bool, int, int]]:
+        self.told.clear()
+        call()
+        return list(self.told)
 
-    monkeypatch.setattr(buffer._endpoint, "side", Side())
-    monkeypatch.setattr(machine, "launch", launch)
-    dispatch(buffer, num_sms=num_sms, do_cpu_sync=do_cpu_sync)
-    if num_sms == 1:
-        assert log == [(1, 2, None), (1, 2, None)]
-    elif do_cpu_sync:
-        second = (4, 6, None) if first_has_ended else (3, 5, None)
-        assert log == ["begin", (2, 5, "side"), second, "end"]
-    else:
-        assert log == [(4, 4, None)]
+
+@pytest.fixture
+def launches(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    return Launches(machine, monkeypatch)
+
+
+def test_what_was_expected_is_received_at_once(launches: Launches, buffer: ElasticBuffer) -> None:
+    """Blocks are counted as if there were a second launch. What is returned is as long as what came."""
+    assert launches.of(lambda: dispatch(buffer)) == [(4, 1, 8, True, -1, 0), (4, 0, 8, False, 3, 8)]
+    assert launches.of(lambda: dispatch(buffer)) == [(4, 1, 8, True, 8, NO_LIMIT)], "the worst case is 8"
+    dispatch(buffer, expert_alignment=4)
+    handle = dispatch(buffer, expert_alignment=4)
+    assert len(launches.told) == 4, "another shape knows nothing at first"
+    assert handle.num_recv_tokens == handle.recv_src_metadata.shape[0] == 3
+    assert (handle.num_recv_tokens_per_expert_list, handle.num_expanded_tokens) == ([4, 0, 4, 8], 16)
+
+
+def test_what_is_expanded_is_expected_too(launches: Launches, buffer: ElasticBuffer) -> None:
+    arguments = {"topk_idx": torch.zeros(3, 2, dtype=deep_ep.topk_idx_t), "topk_weights": torch.ones(3, 2)}
+    x = (torch.zeros(3, HIDDEN).to(torch.float8_e4m3fn), torch.zeros(3, 1))
+
+    def call(**layout: Any) -> Any:
+        return buffer.dispatch(x, **arguments, num_experts=4, expert_alignment=4, do_expand=True, **layout)
+
+    call()
+    assert launches.of(call) == [(4, 1, 8, True, 8, 28)], "the worst case"
+    launches.counts = [3, 1, 0, 2, 0]
+    (x8, sf), _, weights, handle, _ = call()
+    assert (x8.shape, sf.shape, weights.shape) == ((8, HIDDEN), (8, 1), (8,))
+    assert x8.is_contiguous()
+    assert handle.recv_src_metadata.shape == (3, 4)
+    assert launches.of(lambda: call(use_tma_aligned_col_major_sf=True))[1][4:] == (3, 8), "its strides say how many"
+
+
+def test_more_than_was_expected(launches: Launches) -> None:
+    buffer = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=1000, hidden=HIDDEN, num_topk=2)
+    launches.counts = [100, 25, 25, 25, 25]
+    dispatch(buffer)
+    launches.counts = [117, 25, 25, 25, 42]
+    assert launches.of(lambda: dispatch(buffer)) == [(4, 1, 8, True, 116, NO_LIMIT), (4, 0, 8, False, 117, 117)]
+    launches.counts = [133, 25, 25, 25, 58]
+    assert launches.of(lambda: dispatch(buffer)) == [(4, 1, 8, True, 133, NO_LIMIT)], "just enough"
+
+
+def test_where_nothing_is_received_at_once(launches: Launches, buffer: ElasticBuffer) -> None:
+    """One block cannot send and receive at a time, and before an event no output may be written."""
+    event = EventOverlap()
+    for arguments in ({"num_sms": 1}, {"previous_event_before_epilogue": event}):
+        for _ in range(2):
+            first, second = launches.of(lambda arguments=arguments: dispatch(buffer, **arguments))
+            assert (first[3:5], second[3:5]) == ((True, -1), (False, 3))
+            assert first[2] == second[2] == first[0] + second[0]
 
 
 def test_worst_case_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
@@ -146,7 +184,7 @@ def test_each_kind_of_call_has_its_own_number(
     machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, with_gradients: bool, adds_first: bool
 ) -> None:
     """Where nobody says one; what the dispatch was told, its combine and its gradient take too."""
-    machine.num_sms, sms = 132, {kind: 20 + i for i, kind in enumerate(Kind)}
+    machine.num_sms, sms = 132, {kind: 40 + i for i, kind in enumerate(Kind)}
     monkeypatch.setattr(sm_model, "table", lambda *_: {kind: (0, 0, sms[kind]) for kind in Kind})  # of 2 selections
     buffer = build(allow_multiple_reduction=adds_first)
     idx = torch.tensor([[0, 1]] * 3, dtype=deep_ep.topk_idx_t)
@@ -170,6 +208,23 @@ def test_each_kind_of_call_has_its_own_number(
     assert taken(True) == [sms[Kind.EXPANDED_DISPATCH], sms[sums]] * calls_of_each
     for expand in (False, True):
         assert taken(expand, num_sms=6) == [6, 6] * calls_of_each
+
+
+@pytest.mark.parametrize(("num_sms", "few"), [(132, sm_model.FEW_TOKENS_SMS), (20, 20)])
+def test_a_combine_of_few_tokens_takes_more(machine: FakeMachine, num_sms: int, few: int) -> None:
+    """As many as the device has, at most, and none that the dispatch was not told."""
+    machine.num_sms, tokens = num_sms, sm_model.FEW_TOKENS
+    buffer = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=tokens + 1, hidden=HIDDEN, num_topk=2)
+
+    def taken(tokens: int, **told: int) -> int:
+        x, idx = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16), torch.zeros(tokens, 1, dtype=deep_ep.topk_idx_t)
+        rows, _, _, handle, _ = buffer.dispatch(x, topk_idx=idx, num_experts=4, do_cpu_sync=False, **told)
+        buffer.combine(rows, handle)
+        return machine.launches[-1][1]
+
+    assert taken(tokens) == few
+    assert taken(tokens + 1) == buffer._endpoint.enough_sms[Kind.COMBINE][1] < few
+    assert taken(tokens, num_sms=6) == 6
 
 
 def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deep_ep.event import CallOrder, EventHandle, EventOverlap, Kept, LastCall, SideStream, looking
+from deep_ep.event import CallOrder, EventHandle, EventOverlap, Kept, LastCall, looking
 
 
 class Log:
@@ -250,42 +250,14 @@ def test_order_inside_and_outside_of_captures(log: Log) -> None:
     assert call_on("a", 8) == [], "another capture"
 
 
-@pytest.fixture
-def made(log: Log, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
-    """Device and priority of each stream that is made."""
-    made: list[tuple[torch.device, int]] = []
-
-    def make(device: torch.device, priority: int) -> FakeStream:
-        made.append((device, priority))
-        return FakeStream("side", log)
-
-    monkeypatch.setattr(torch.cuda, "Stream", make)
-    return made
-
-
-def test_a_launch_beside_is_between_what_was_queued_before_and_behind(
-    log: Log, made: list[tuple[torch.device, int]]
-) -> None:
-    comm: Any = FakeStream("comm", log)
-    side, waits = SideStream(comm), ["side waits for event on compute", "compute waits for event on side"]
-    assert made == [], "not before it is used"
-    current: Any = log.current
-    for _ in range(2):
-        with side.beside(current) as stream:
-            assert log.lines == waits[:1]
-            assert isinstance(stream, FakeStream)
-            assert stream.name == "side"
-        assert log.lines == waits
+def test_after_an_error_the_current_stream_waits_for_what_was_launched(log: Log) -> None:
+    """Its pool has the memory of tensors that kernels may still use."""
+    for arguments, waits in (({}, []), ({"asynchronous": True}, ["compute waits for comm"])):
+        order = order_of(log, **arguments)
         log.lines.clear()
-    with pytest.raises(KeyboardInterrupt), side.beside(current):
-        raise KeyboardInterrupt
-    assert log.lines == waits, "what it has launched may run still"
-    assert made == [(FakeStream.device, -1)]
-
-
-def test_there_is_nothing_beside_without_a_gpu() -> None:
-    with SideStream(None).beside(None) as stream:
-        assert stream is None
+        order.abandon()
+        assert log.lines == waits
+    CallOrder(None, None, True, False).abandon()
 
 
 def test_where_outputs_are_allocated(log: Log) -> None:

@@ -10,10 +10,10 @@
 // Where rows lie in registered memory (in_place.cuh), nobody sends: receivers fetch them from the peers, once it is
 // known where they go, and the call ends when all peers have fetched this rank's.
 //
-// A launch may also do one half only. With a CPU sync the blocks that send and those that count are launched first. The
-// counters tell the host, and leave; it allocates exact tensors while the pushes run, and launches the receivers beside
-// the senders: from then on all is as in one launch. With one block the halves follow each other, and it counts before
-// it sends. With the handle of an earlier dispatch all places are known and no counts are exchanged.
+// With a CPU sync the counters tell the host what comes. It may have made room for as much as it expects; where more
+// comes nothing is received, and the host launches the receivers once more, by themselves. With one block there are two
+// launches in any case: it counts, sends, and has left before it receives. With the handle of an earlier dispatch all
+// places are known and no counts are exchanged.
 
 #include <deep_ep/kernels/dispatch_args.cuh>
 #include <deep_ep/phases/admit.cuh>
@@ -90,11 +90,11 @@ EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool
   }
 }
 
-// Of the blocks that end, how many this one stands for. The host launches the second half when it has this block's
-// report. Where there is none to give, this block stands for the second half, too: so the operation ends.
-EP_DEVICE int num_ended(const DispatchArgs& a, bool reports, const Tables& tables) {
-  const bool reported = tables.is(Ok::kAgrees) && tables.is(Ok::kLearns);
-  return reports && !reported ? 1 + a.num_blocks - device::num_blocks() : 1;
+// Whether this launch receives all that comes, as its blocks and the host (deep_ep/calls/dispatch.py) find out alike.
+EP_DEVICE bool receives_all(const DispatchArgs& a, const Tables& tables) {
+  if (a.host_words == nullptr) return true;  // there is room
+  return tables.row_base[a.window.num_ranks] <= a.received.rows &&
+         end_of_rows(a.routing.experts_per_rank, a.alignment, tables) <= a.received.expanded_rows;
 }
 
 template <DispatchConfig C>
@@ -115,7 +115,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   device::sync_block();
   const Record said{a.record.row_bytes, a.scales.bytes()};  // not rounded up
   const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, said, kRecalls ? *a.counts.number : 0);
-  // The first half, or the only launch, speaks for the call.
+  // The first launch, or the only one, speaks for the call.
   if (device::block_idx() == 0 && (sender || counters.count > 0)) {
     propose(a.window, epoch, plan);
     if (C.in_place && warp == 0) offer(a.window, epoch, a.in_place, 0);
@@ -127,9 +127,11 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     tell<C.places_from>(a, epoch, counters, tables);
   }
   device::sync_block();
-  const bool good = tables.are_all();  // nothing is taken back any more
+  // Nothing is taken back any more. Who asked has told the host by now, or never will.
+  const bool good = tables.are_all(), learned = tables.is(Ok::kAgrees) && tables.is(Ok::kLearns);
+  const bool all = learned && (receiver || reports) && receives_all(a, tables), receives = receiver && good && all;
 
-  if (receiver && good && receivers.own() == 0) {
+  if (receives && receivers.own() == 0) {
     if (!kRecalls) report_counts(a.window, epoch, experts_per_rank, a.alignment, tables, a.counts);
     add_to_stats(experts_per_rank, tables, a.stats);
   }
@@ -143,7 +145,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
       announce(a.window, epoch, boxes[warp - C.num_send_warps]);
     }
   }
-  if (receiver && good) {
+  if (receives) {
     const Landing landing{a.window, a.routing, a.rows, a.scales, a.record, tables, a.received, epoch, a.patience};
     if (warp < C.num_receive_warps) {
       using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
@@ -156,7 +158,10 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     }
     blank(a.window, a.routing, a.record, a.alignment, tables, warp, receivers, a.received);
   }
-  retire<C.in_place>(a.window, epoch, a.patience, a.num_blocks, num_ended(a, reports, tables));
+  // Blocks are counted as if the host launched the receivers once more. If nobody needs them, or if it got no report, it
+  // does not; then the block that reports stands for them.
+  const int num_others = reports && (all || !learned) ? a.num_blocks - device::num_blocks() : 0;
+  retire<C.in_place>(a.window, epoch, a.patience, a.num_blocks, 1 + num_others);
 }
 
 }  // namespace deep_ep
