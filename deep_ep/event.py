@@ -305,6 +305,11 @@ def looking(
     return torch.cuda.stream(comm_stream)
 
 
+def is_recorded(event: EventOverlap | EventHandle | None) -> bool:
+    """Whether there is anything to wait for."""
+    return _recorded(event) is not None
+
+
 def _recorded(event: EventOverlap | EventHandle | None) -> torch.cuda.Event | None:
     """The CUDA event inside; None where there is none, as in what a synchronous call returns."""
     handle = event.event if isinstance(event, EventOverlap) else event

@@ -38,6 +38,14 @@ class Division:
     first_count_block: int
     """It and all behind it count before they do anything else."""
 
+    @property
+    def without_receivers(self) -> Division:
+        """Those who send, and those who count, which do nothing else."""
+        if self.num_receive_blocks == 0:
+            return self
+        num_counters = self.num_blocks - self.first_count_block
+        return Division(self.num_send_blocks + num_counters, self.num_send_blocks, 0, self.num_send_blocks)
+
     @staticmethod
     def receiving(num_blocks: int) -> Division:
         """A launch in which all blocks receive."""

@@ -161,8 +161,8 @@ def num_sms(kind: Kind, num_ranks: int, num_topk: int, speeds: Speeds) -> int:
 
 def of_few(kind: Kind, num_tokens: int) -> int:
     """SMs that a call takes at least for so few tokens: combines are then limited by trips to memory, of which a warp
-    makes as many, one after the other, as it has pieces of rows to add. So it was measured with 32 to 512 tokens of
-    14336 bytes (docs/performance.md, "How many SMs")."""
+    makes as many, one after the other, as it has pieces of rows to add. Measured with 32 to 512 tokens of 14336 bytes
+    (docs/performance.md, "How many SMs", "Few tokens")."""
     return FEW_TOKENS_SMS if num_tokens <= FEW_TOKENS and kind in (Kind.COMBINE, Kind.COMBINE_IN_PLACE) else 0
 
 

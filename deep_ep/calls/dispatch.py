@@ -11,16 +11,16 @@ import torch
 
 from deep_ep import layout, validate
 from deep_ep.calls.endpoint import Endpoint, Tensors
+from deep_ep.calls.expected import Room
 from deep_ep.calls.payload import Payload
 from deep_ep.calls.plans import DispatchPlan, DispatchShape, Part, plan_dispatch
 from deep_ep.calls.received import Outputs, RouteCounts, Sizes
-from deep_ep.event import CallOrder, EventOverlap, Kept, Timing
+from deep_ep.event import CallOrder, EventOverlap, Kept, Timing, is_recorded
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import InPlace, pointer
 from deep_ep.ops.dispatch import COPIED, WORD_BYTES, DispatchArgs, Scales
 from deep_ep.sm_model import Kind
 
-NO_ROOM = -1  # rows: not even for none
 SCALES_COPIED = COPIED // WORD_BYTES  # what the copy engine moves at least
 KINDS = {  # in place, expanded
     (False, False): Kind.DISPATCH,
@@ -350,31 +350,46 @@ def _counted(call: Call, found: Tensors) -> Arrived:
     """For exact sizes, the host waits for the counts.
 
     With room for what this rank expects, all is launched at once, and tensors shrink to what has come: so the device
-    does not wait for the host. If more comes, or if there was no room at all, that launch receives nothing, and another
-    one behind it does.
+    does not wait for the host. Where that room does not do, or there was none, a second launch receives.
     """
     endpoint, request, args = call.endpoint, call.request, call.args
     planned, routing, epilogue = request.plan, request.routing, request.timing.previous_event_before_epilogue
-    counts, room = call.allocate_counts(), None
-    if planned.receives and epilogue is None and not request.col_major_scales:  # whose columns would lie too far apart
-        room = planned.expected.room(request.expand)
-    outputs = None if room is None else call.allocate(room)
-    if outputs is None:
-        args.received.rows = NO_ROOM
+    counts = call.allocate_counts()
+    room, outputs = _make_room(call)
+    first, second = planned.apart
+    if room is not None and planned.together is not None:
+        first, second = planned.together
+        args.least_rows, args.least_expanded_rows = room.least
     args.host_words = endpoint.host_counts.expect()
-    call.launch((planned.counting,), (), (*found, *counts, *(outputs.tensors if outputs is not None else ())))
+    call.launch((first,), (), (*found, *counts, *(outputs.tensors if outputs is not None else ())))
     told = endpoint.wait_for_counts(routing.num_experts // endpoint.num_ranks, routing.alignment)
     sizes = Sizes(told.rows, told.num_selections)
     planned.expected.note(sizes)
-    if outputs is not None and room is not None and room.hold(sizes):
+    if outputs is not None and room is not None and room.holds(sizes):
         outputs.shrink(sizes.tokens, sizes.expanded if request.expand else sizes.tokens)
     else:
         outputs = None  # what it had may serve at once
         outputs = call.allocate(sizes)
         call.order.wait_for(epilogue)
         args.host_words = None
-        call.launch((planned.receiving,), (), (*found, *counts, *outputs.tensors))
+        call.launch((second,), (), (*found, *counts, *outputs.tensors))
     return Arrived(sizes, told.selections.tolist(), counts, outputs)
+
+
+def _make_room(call: Call) -> tuple[Room, Outputs] | tuple[None, None]:
+    """Memory for what is expected, if anything is, and if it may be written at once."""
+    request = call.request
+    if request.plan.together is None or is_recorded(request.timing.previous_event_before_epilogue):
+        return None, None
+    if request.col_major_scales:  # the number of rows decides where its columns lie
+        return None, None
+    room = request.plan.expected.room(request.expand)
+    if room is None:
+        return None, None
+    try:
+        return room, call.allocate(room.most)
+    except torch.OutOfMemoryError:  # for what really comes there may be enough
+        return None, None
 
 
 def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:

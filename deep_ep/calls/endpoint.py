@@ -280,8 +280,9 @@ class Endpoint:
                 self._check_fault()
         except BaseException as error:
             if self._has_launched:
-                order.abandon()
                 self._broken = self._broken or f"a {call} was left half-done ({type(error).__name__}: {error})"
+                with contextlib.suppress(Exception):  # the device may be the one that has failed
+                    order.abandon()
             raise
 
     def _check_fault(self) -> None:

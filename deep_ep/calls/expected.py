@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 from deep_ep.calls.received import Sizes
 
@@ -11,14 +12,27 @@ SPREAD = 8  # their numbers of rows may differ by this part of the least of them
 FEW_ROWS = 128  # or by so many, whose memory does not matter
 MARGIN = 32  # this part of the most of them is added, or
 FEW_MORE_ROWS = 16
+SPARE, FEW_SPARE_ROWS = 7, 192  # no more than this part of the room may be left empty, or so many rows
 NO_LIMIT = 2**31 - 1
+
+
+class Room(NamedTuple):
+    """Memory for what comes. It stays with the tensors as long as they live, so it must not be much too large."""
+
+    most: Sizes
+    least: Sizes
+    """Fewer are none of its business."""
+
+    def holds(self, sizes: Sizes) -> bool:
+        """Whether they are received into it; include/deep_ep/kernels/dispatch.cuh finds the same."""
+        (tokens, expanded), least, most = sizes, self.least, self.most
+        return least.tokens <= tokens <= most.tokens and least.expanded <= expanded <= most.expanded
 
 
 class Expected:
     """What dispatches of one shape bring this rank.
 
-    Room for more than what comes stays with the tensors as long as they live. So nothing is expected where numbers
-    vary: then the host waits for the counts, and makes room for just as much.
+    Where numbers vary nothing is expected: then the host waits for the counts, and makes room for just as much.
     """
 
     def __init__(self, worst: Sizes) -> None:
@@ -29,24 +43,26 @@ class Expected:
         """What the latest dispatch has brought."""
         self._last.append(sizes)
 
-    def room(self, expand: bool) -> Sizes | None:
+    def room(self, expand: bool) -> Room | None:
         """What should hold all that the next one brings, or None. Without ``expand`` there is no limit to rows of the
         expanded layout, which take no memory then."""
-        tokens = _most([each.tokens for each in self._last])
-        if tokens is None:
+        tokens = _most([each.tokens for each in self._last], self._worst.tokens)
+        expanded = _most([each.expanded for each in self._last], self._worst.expanded) if expand else NO_LIMIT
+        if tokens is None or expanded is None:
             return None
-        tokens = min(tokens, self._worst.tokens)
-        if not expand:
-            return Sizes(tokens, NO_LIMIT)
-        expanded = _most([each.expanded for each in self._last])
-        return None if expanded is None else Sizes(tokens, min(expanded, self._worst.expanded))
+        return Room(Sizes(tokens, expanded), Sizes(least_of(tokens), least_of(expanded) if expand else 0))
 
 
-def _most(numbers: list[int]) -> int | None:
+def _most(numbers: list[int], worst: int) -> int | None:
     """What a number like these will hardly exceed, or None if nobody can tell."""
     if not numbers:
         return None
     least, most = min(numbers), max(numbers)
     if most - least > max(least // SPREAD, FEW_ROWS):
         return None
-    return most + max(most // MARGIN, FEW_MORE_ROWS)
+    return min(most + max(most // MARGIN, FEW_MORE_ROWS), worst)
+
+
+def least_of(most: int) -> int:
+    """The fewest rows that may have room for so many. Any that ``_most`` goes by are no fewer."""
+    return max(0, most - max(most // SPARE, FEW_SPARE_ROWS))

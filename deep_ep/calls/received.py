@@ -26,10 +26,6 @@ class Sizes(NamedTuple):
         expanded = plan.expanded_rows_at_most(max_tokens, num_ranks, num_topk, local_experts, alignment)
         return Sizes(num_ranks * max_tokens, expanded)
 
-    def hold(self, sizes: Sizes) -> bool:
-        """Whether there is room for so many; include/deep_ep/kernels/dispatch.cuh finds the same."""
-        return sizes.tokens <= self.tokens and sizes.expanded <= self.expanded
-
 
 class RouteCounts(NamedTuple):
     """How many tokens go where: of a size that is known before they are."""

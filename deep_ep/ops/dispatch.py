@@ -106,6 +106,8 @@ class DispatchArgs(ctypes.Structure):
         ("kept_idx", ctypes.c_void_p),
         ("stats", ctypes.c_void_p),
         ("host_words", ctypes.c_void_p),
+        ("least_rows", ctypes.c_int32),
+        ("least_expanded_rows", ctypes.c_int32),
         ("alignment", ctypes.c_int32),
         ("plan_flags", ctypes.c_int32),
         ("num_count_warps", ctypes.c_int32),

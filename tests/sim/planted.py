@@ -79,7 +79,7 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
             hidden=(hidden := 8 * r.choice([1, 8, 32])),
             num_topk=8 if many_rows else r.choice([2, 3]),
             num_experts=(8 if many_rows else 2) * NUM_RANKS,
-            kind="random",
+            kind="masked" if do_cpu_sync and seed % 4 == 3 else "random",
             alignment=r.choice([1, 4]),
             do_cpu_sync=do_cpu_sync,
             with_weights=True,

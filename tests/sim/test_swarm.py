@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from deep_ep import jit
+from deep_ep.calls.expected import Expected
+from deep_ep.calls.received import Sizes
 from deep_ep.machine.world import World
-from tests.elastic import cases, combines
+from tests.elastic import cases, combines, rooms
 from tests.sim import swarm
 
 NUM_SEEDS, NUM_RACE_SEEDS = 320, 36
@@ -34,6 +36,24 @@ def test_any_schedule(first: int) -> None:
 def test_no_races(first: int) -> None:
     for seed in range(first, first + RACE_CHUNK):
         swarm.run_seed(seed, race=True)
+
+
+def test_rooms_do_and_do_not() -> None:
+    """For what comes, in one number, in both, in none."""
+    coming, fitting = Sizes(5, 9), set()
+    for seed in range(200):
+        with rooms.drawn(str(seed), coming):
+            room = Expected(Sizes(20, 50)).room(expand=True)
+        fitting.add(
+            room
+            and (
+                room.least.tokens <= coming.tokens,
+                coming.tokens <= room.most.tokens,
+                room.least.expanded <= coming.expanded,
+                coming.expanded <= room.most.expanded,
+            )
+        )
+    assert fitting >= {None, (True,) * 4, *itertools.permutations((False, True, True, True))}
 
 
 def test_the_draw_covers_what_it_should() -> None:

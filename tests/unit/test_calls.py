@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import deep_ep
-from deep_ep import ElasticBuffer, EventOverlap, autograd, layout, sm_model
-from deep_ep.calls.expected import NO_LIMIT
+from deep_ep import ElasticBuffer, EventHandle, EventOverlap, autograd, layout, sm_model
+from deep_ep.calls.expected import NO_LIMIT, least_of
+from deep_ep.calls.payload import Payload
 from deep_ep.ops.dispatch import DispatchArgs
 from deep_ep.sm_model import Kind
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
@@ -35,33 +36,42 @@ def test_buffers_of_the_same_ranks_have_different_numbers(
 
 
 def test_exact_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
-    """A first launch reports the counts, the host allocates, a second one receives."""
+    """Senders and counters report the counts, the host allocates, and then all receive."""
     machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
     handle = dispatch(buffer, num_sms=4, expert_alignment=4)
-    assert machine.launches == [("dispatch", 4, 1), ("dispatch", 4, 0)]
+    assert machine.launches == [("dispatch", 2, 1), ("dispatch", 4, 0)]
     assert handle.num_recv_tokens == handle.recv_src_metadata.shape[0] == 3
     assert handle.num_recv_tokens_per_expert_list == [4, 0, 4, 8]
     assert handle.num_expanded_tokens == 16
 
 
+class Told(NamedTuple):
+    """What a launch of a dispatch is told."""
+
+    num_blocks: int
+    num_receive_blocks: int
+    blocks_in_all: int
+    reports: bool
+    rows: int
+    expanded_rows: int
+
+
 class Launches:
-    """What launches of dispatches are told, and how many rows they report."""
+    """Launches of dispatches that report these counts."""
 
     def __init__(self, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.told: list[tuple[int, int, int, bool, int, int]] = []
+        self.told: list[Told] = []
         self.counts = [3, 1, 0, 2, 5]
         self._machine = machine
         monkeypatch.setattr(machine, "launch", self._launch)
 
     def _launch(self, kernel: object, args: DispatchArgs, *, num_blocks: int, **_: object) -> None:
-        reports, received = bool(args.host_words), args.received
-        self.told.append(
-            (num_blocks, args.num_send_blocks, args.num_blocks, reports, received.rows, received.expanded_rows)
-        )
+        reports, to = bool(args.host_words), args.received
+        self.told.append(Told(num_blocks, args.num_receive_blocks, args.num_blocks, reports, to.rows, to.expanded_rows))
         if reports:
             self._machine.report_counts(*self.counts)
 
-    def of(self, call: Callable[[], Any]) -> list[tuple[int, int, int, bool, int, int]]:
+    def of(self, call: Callable[[], Any]) -> list[Told]:
         self.told.clear()
         call()
         return list(self.told)
@@ -74,11 +84,10 @@ def launches(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 def test_what_was_expected_is_received_at_once(launches: Launches, buffer: ElasticBuffer) -> None:
     """Blocks are counted as if there were a second launch. What is returned is as long as what came."""
-    assert launches.of(lambda: dispatch(buffer)) == [(4, 1, 8, True, -1, 0), (4, 0, 8, False, 3, 8)]
-    assert launches.of(lambda: dispatch(buffer)) == [(4, 1, 8, True, 8, NO_LIMIT)], "the worst case is 8"
-    dispatch(buffer, expert_alignment=4)
+    assert launches.of(lambda: dispatch(buffer)) == [Told(2, 0, 6, True, 0, 0), Told(4, 4, 6, False, 3, 8)]
+    assert launches.of(lambda: dispatch(buffer)) == [Told(4, 3, 8, True, 8, NO_LIMIT)], "the worst case is 8"
+    assert len(launches.of(lambda: dispatch(buffer, expert_alignment=4))) == 2, "of another shape nothing is known"
     handle = dispatch(buffer, expert_alignment=4)
-    assert len(launches.told) == 4, "another shape knows nothing at first"
     assert handle.num_recv_tokens == handle.recv_src_metadata.shape[0] == 3
     assert (handle.num_recv_tokens_per_expert_list, handle.num_expanded_tokens) == ([4, 0, 4, 8], 16)
 
@@ -91,33 +100,60 @@ def test_what_is_expanded_is_expected_too(launches: Launches, buffer: ElasticBuf
         return buffer.dispatch(x, **arguments, num_experts=4, expert_alignment=4, do_expand=True, **layout)
 
     call()
-    assert launches.of(call) == [(4, 1, 8, True, 8, 28)], "the worst case"
+    assert launches.of(call) == [Told(4, 3, 8, True, 8, 28)], "the worst case"
     launches.counts = [3, 1, 0, 2, 0]
     (x8, sf), _, weights, handle, _ = call()
     assert (x8.shape, sf.shape, weights.shape) == ((8, HIDDEN), (8, 1), (8,))
     assert x8.is_contiguous()
     assert handle.recv_src_metadata.shape == (3, 4)
-    assert launches.of(lambda: call(use_tma_aligned_col_major_sf=True))[1][4:] == (3, 8), "its strides say how many"
+    first, second = launches.of(lambda: call(use_tma_aligned_col_major_sf=True))
+    assert (first.num_receive_blocks, second.expanded_rows) == (0, 8), "its strides say how many rows there are"
 
 
-def test_more_than_was_expected(launches: Launches) -> None:
-    buffer = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=1000, hidden=HIDDEN, num_topk=2)
-    launches.counts = [100, 25, 25, 25, 25]
-    dispatch(buffer)
-    launches.counts = [117, 25, 25, 25, 42]
-    assert launches.of(lambda: dispatch(buffer)) == [(4, 1, 8, True, 116, NO_LIMIT), (4, 0, 8, False, 117, 117)]
-    launches.counts = [133, 25, 25, 25, 58]
-    assert launches.of(lambda: dispatch(buffer)) == [(4, 1, 8, True, 133, NO_LIMIT)], "just enough"
+def test_what_was_not_expected(launches: Launches) -> None:
+    buffer = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=10_000, hidden=HIDDEN, num_topk=2)
+
+    def take(rows: int) -> list[tuple[int, bool, int]]:
+        launches.counts = [rows, rows, 0, 0, 0]
+        return [(each.num_receive_blocks, each.reports, each.rows) for each in launches.of(lambda: dispatch(buffer))]
+
+    assert take(1000) == [(0, True, 0), (4, False, 1000)]
+    assert take(1032) == [(3, True, 1031), (4, False, 1032)], "too many"
+    assert take(1064) == [(3, True, 1064)], "just enough"
+    most = 1064 + 1064 // 32
+    assert take(least_of(most) - 1) == [(3, True, most), (4, False, least_of(most) - 1)], "memory would stay unused"
+    assert take(1000) == [(0, True, 0), (4, False, 1000)], "who can tell"
 
 
 def test_where_nothing_is_received_at_once(launches: Launches, buffer: ElasticBuffer) -> None:
     """One block cannot send and receive at a time, and before an event no output may be written."""
-    event = EventOverlap()
-    for arguments in ({"num_sms": 1}, {"previous_event_before_epilogue": event}):
-        for _ in range(2):
-            first, second = launches.of(lambda arguments=arguments: dispatch(buffer, **arguments))
-            assert (first[3:5], second[3:5]) == ((True, -1), (False, 3))
-            assert first[2] == second[2] == first[0] + second[0]
+    recorded = EventHandle.inert()
+    recorded.event = torch.cuda.Event
+    for arguments, at_once in (
+        ({"num_sms": 1}, False),
+        ({"previous_event_before_epilogue": EventOverlap(recorded)}, False),
+        ({"previous_event_before_epilogue": EventOverlap()}, True),
+    ):
+        dispatch(buffer, **arguments)
+        told = launches.of(lambda arguments=arguments: dispatch(buffer, **arguments))
+        assert [each.num_receive_blocks > 0 for each in told] == ([True] if at_once else [False, True])
+        assert {each.blocks_in_all for each in told} == {told[0].num_blocks + arguments.get("num_sms", 4)}
+
+
+def test_no_memory_for_what_is_expected(
+    launches: Launches, buffer: ElasticBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is enough for what comes."""
+    new_empty = Payload.new_empty
+
+    def allocate(self: Payload, num_rows: int, **layout: bool) -> Payload:
+        if num_rows > 3:
+            raise torch.OutOfMemoryError
+        return new_empty(self, num_rows, **layout)
+
+    dispatch(buffer)
+    monkeypatch.setattr(Payload, "new_empty", allocate)
+    assert [each.num_receive_blocks for each in launches.of(lambda: dispatch(buffer))] == [0, 4]
 
 
 def test_worst_case_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:

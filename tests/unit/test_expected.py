@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-import torch
+import itertools
 
-from deep_ep.calls.expected import FEW_MORE_ROWS, FEW_ROWS, MARGIN, NO_LIMIT, NUM_LAST, SPREAD, Expected
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deep_ep.calls.expected import (
+    FEW_MORE_ROWS,
+    FEW_ROWS,
+    FEW_SPARE_ROWS,
+    MARGIN,
+    NO_LIMIT,
+    NUM_LAST,
+    SPARE,
+    SPREAD,
+    Expected,
+    Room,
+    least_of,
+)
 from deep_ep.calls.host_counts import FIRST_COUNT, HostCounts
 from deep_ep.calls.received import Sizes
 
 WORST = Sizes(100_000, 1_000_000)
 
 
-def after(*numbers: int, expand: bool = False) -> Sizes | None:
+def after(*numbers: int, expand: bool = False) -> Room | None:
     """The room after dispatches that have brought so many tokens, and three times as many rows."""
     expected = Expected(WORST)
     for number in numbers:
@@ -19,15 +35,27 @@ def after(*numbers: int, expand: bool = False) -> Sizes | None:
     return expected.room(expand)
 
 
+def most_after(*numbers: int) -> int | None:
+    """Tokens, in the plain layout."""
+    room = after(*numbers)
+    if room is None:
+        return None
+    assert (room.most.expanded, room.least.expanded) == (NO_LIMIT, 0), "which take no memory"
+    return room.most.tokens
+
+
 def test_nothing_is_expected_before_the_first_dispatch() -> None:
     assert after() is None
 
 
 def test_a_little_more_than_what_came_lately() -> None:
-    assert after(8000) == Sizes(8000 + 8000 // MARGIN, NO_LIMIT)
-    assert after(8100, 8000, 7900) == Sizes(8100 + 8100 // MARGIN, NO_LIMIT)
-    assert after(5, 0) == Sizes(5 + FEW_MORE_ROWS, NO_LIMIT)
-    assert after(8000, expand=True) == Sizes(8000 + 8000 // MARGIN, 24000 + 24000 // MARGIN)
+    assert most_after(8000) == 8000 + 8000 // MARGIN
+    assert most_after(8100, 8000, 7900) == 8100 + 8100 // MARGIN
+    assert most_after(5, 0) == 5 + FEW_MORE_ROWS
+    room = after(8000, expand=True)
+    assert room is not None
+    assert room.most == Sizes(8000 + 8000 // MARGIN, 24000 + 24000 // MARGIN)
+    assert room.least == Sizes(least_of(room.most.tokens), least_of(room.most.expanded))
 
 
 def test_nothing_where_numbers_vary() -> None:
@@ -41,16 +69,27 @@ def test_nothing_where_numbers_vary() -> None:
 
 
 def test_never_more_than_the_worst_case() -> None:
-    assert after(WORST.tokens - 1) == Sizes(WORST.tokens, NO_LIMIT)
-    assert after(WORST.expanded // 3, expand=True) == WORST
+    assert most_after(WORST.tokens - 1) == WORST.tokens
+    room = after(WORST.expanded // 3, expand=True)
+    assert room is not None
+    assert room.most == WORST
 
 
-def test_room_holds_what_is_no_more_in_either_number() -> None:
-    room = Sizes(3, 8)
-    assert room.hold(room)
-    assert room.hold(Sizes(0, 0))
-    assert not room.hold(Sizes(4, 8))
-    assert not room.hold(Sizes(3, 9))
+@given(st.lists(st.integers(0, 20_000), min_size=1, max_size=2 * NUM_LAST))
+def test_what_came_lately_may_come_again(numbers: list[int]) -> None:
+    """And memory that is kept for nothing has a limit."""
+    room = after(*numbers)
+    for number in numbers[-NUM_LAST:]:
+        assert room is None or room.holds(Sizes(number, 3 * number))
+    if room is not None:
+        least, most = room.least.tokens, room.most.tokens
+        assert most <= max(least + least / (SPARE - 1) + 1, least + FEW_SPARE_ROWS)
+
+
+def test_room_holds_what_is_neither_more_nor_far_less() -> None:
+    room = Room(Sizes(3, 8), Sizes(1, 4))
+    held = {(tokens, rows) for tokens in range(6) for rows in range(12) if room.holds(Sizes(tokens, rows))}
+    assert held == set(itertools.product((1, 2, 3), (4, 5, 6, 7, 8)))
 
 
 def test_counts_that_the_host_is_told() -> None:

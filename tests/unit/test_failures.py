@@ -17,7 +17,9 @@ from deep_ep import ElasticBuffer
 from deep_ep.calls import dispatch as calls_dispatch
 from deep_ep.calls import dropped, endpoint
 from deep_ep.calls.agreement import Settings
+from deep_ep.calls.host_counts import HostCounts
 from deep_ep.errors import EPEnvironmentError, EPError, EPTimeoutError
+from deep_ep.event import CallOrder
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
 
 
@@ -169,7 +171,7 @@ def test_a_launch_that_fails_breaks_the_buffer(buffer: ElasticBuffer, machine: F
 def test_nothing_goes_on_after_half_a_call(
     buffer: ElasticBuffer, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sending half has run, and there is no memory for what comes."""
+    """What sends has been launched, and there is no memory for what comes."""
 
     def allocate(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
@@ -181,6 +183,33 @@ def test_nothing_goes_on_after_half_a_call(
     monkeypatch.undo()
     with pytest.raises(EPError, match=r"must be rebuilt on every rank: .* left half-done \(OutOfMemoryError"):
         dispatch(buffer, do_cpu_sync=False)
+
+
+def test_who_gets_memory_of_a_call_that_failed_waits_for_its_kernels(
+    buffer: ElasticBuffer, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what was launched; and though the device may have failed, too, it is the first error that is raised."""
+    abandoned: list[object] = []
+
+    def abandon(self: CallOrder) -> None:
+        abandoned.append(self)
+        raise RuntimeError("the device has failed")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CallOrder, "abandon", abandon)
+    with monkeypatch.context() as patch:
+        patch.setattr(HostCounts, "expect", interrupt)  # before the first launch
+        with pytest.raises(KeyboardInterrupt):
+            dispatch(buffer)
+    assert abandoned == []
+    monkeypatch.setattr(HostCounts, "have_come", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        dispatch(buffer)
+    assert len(abandoned) == 1
+    with pytest.raises(EPError, match=r"must be rebuilt on every rank: .* left half-done \(KeyboardInterrupt"):
+        dispatch(buffer)
 
 
 @pytest.mark.parametrize("call", ["dispatch", "combine", "barrier"])

@@ -10,10 +10,11 @@
 // Where rows lie in registered memory (in_place.cuh), nobody sends: receivers fetch them from the peers, once it is
 // known where they go, and the call ends when all peers have fetched this rank's.
 //
-// With a CPU sync the counters tell the host what comes. It may have made room for as much as it expects; where more
-// comes nothing is received, and the host launches the receivers once more, by themselves. With one block there are two
-// launches in any case: it counts, sends, and has left before it receives. With the handle of an earlier dispatch all
-// places are known and no counts are exchanged.
+// With a CPU sync the counters tell the host what comes. If it has made room for what it expects, all is as in any other
+// launch, unless that room is too small, or much too large: then nothing is received, and the host launches receivers by
+// themselves. If it has made none, the first launch has those who send and those who count alone. So it is with one
+// block in any case: it counts, sends, and has left before it receives. With the handle of an earlier dispatch all places
+// are known and no counts are exchanged.
 
 #include <deep_ep/kernels/dispatch_args.cuh>
 #include <deep_ep/phases/admit.cuh>
@@ -93,8 +94,11 @@ EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool
 // Whether this launch receives all that comes, as its blocks and the host (deep_ep/calls/dispatch.py) find out alike.
 EP_DEVICE bool receives_all(const DispatchArgs& a, const Tables& tables) {
   if (a.host_words == nullptr) return true;  // there is room
-  return tables.row_base[a.window.num_ranks] <= a.received.rows &&
-         end_of_rows(a.routing.experts_per_rank, a.alignment, tables) <= a.received.expanded_rows;
+  if (a.num_receive_blocks == 0) return false;
+  const int rows = tables.row_base[a.window.num_ranks];
+  const int expanded_rows = end_of_rows(a.routing.experts_per_rank, a.alignment, tables);
+  return a.least_rows <= rows && rows <= a.received.rows && a.least_expanded_rows <= expanded_rows &&
+         expanded_rows <= a.received.expanded_rows;
 }
 
 template <DispatchConfig C>
