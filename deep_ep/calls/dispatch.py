@@ -359,7 +359,7 @@ def _counted(call: Call, found: Tensors) -> Arrived:
     first, second = planned.apart
     if room is not None and planned.together is not None:
         first, second = planned.together
-        args.least_rows, args.least_expanded_rows = room.least
+        args.least.rows, args.least.expanded_rows = room.least
     args.host_words = endpoint.host_counts.expect()
     call.launch((first,), (), (*found, *counts, *(outputs.tensors if outputs is not None else ())))
     told = endpoint.wait_for_counts(routing.num_experts // endpoint.num_ranks, routing.alignment)

@@ -24,7 +24,7 @@ class Room(NamedTuple):
     """Fewer are none of its business."""
 
     def holds(self, sizes: Sizes) -> bool:
-        """Whether they are received into it; include/deep_ep/kernels/dispatch.cuh finds the same."""
+        """Whether they are received into it; include/deep_ep/phases/room.cuh finds the same."""
         (tokens, expanded), least, most = sizes, self.least, self.most
         return least.tokens <= tokens <= most.tokens and least.expanded <= expanded <= most.expanded
 

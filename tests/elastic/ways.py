@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 import deep_ep
 from deep_ep import ElasticBuffer, EPHandle
-from deep_ep.calls.expected import FEW_MORE_ROWS
 from deep_ep.utils import per_token_cast_back, per_token_cast_to_fp8
 from tests.elastic import cases, dispatches, ranks
 from tests.elastic.dispatches import Options
@@ -305,39 +304,6 @@ def quantised_rows(group: dist.ProcessGroup, device: torch.device) -> None:
     buffer.destroy()
 
 
-def sizes_that_are_expected(group: dist.ProcessGroup, device: torch.device) -> None:
-    """The second dispatch that brings as much as the first has room before it is launched; nothing else changes, but
-    for the memory behind what it returns, which is hardly more."""
-    buffer = build(group)
-    x8 = per_token_cast_to_fp8(tokens(buffer, device))
-    for alignment, arguments in enumerate(
-        (
-            {},
-            {"do_expand": True, "do_zero_padding": True},
-            {"x": x8},
-            {"x": x8, "do_expand": True, "do_zero_padding": True, "async_with_compute_stream": True},
-            {"async_with_compute_stream": True, "allocate_on_comm_stream": True},
-        ),
-        start=4,  # shapes of their own: nothing is expected at first
-    ):
-        results = []
-        for _ in range(3):
-            received, idx, weights, handle, event = dispatch(buffer, device, expert_alignment=alignment, **arguments)
-            event.current_stream_wait()
-            rows = received if isinstance(received, tuple) else (received,)
-            counts = (handle.num_recv_tokens, handle.num_expanded_tokens, handle.num_recv_tokens_per_expert_list)
-            results.append(([*rows, idx, weights, handle.recv_src_metadata], counts))
-            with_room = rows[0].untyped_storage().nbytes() // (rows[0].shape[1] * rows[0].element_size())
-            assert with_room == len(rows[0]) + (FEW_MORE_ROWS if len(results) > 1 else 0)
-        for tensors, counts in results[1:]:
-            assert counts == results[0][1]
-            for got, expected in zip(tensors, results[0][0], strict=True):
-                if expected is not None:
-                    same(got, expected)
-                    assert got.is_contiguous()
-    buffer.destroy()
-
-
 def routes_that_are_known(group: dist.ProcessGroup, device: torch.device) -> None:
     """A handle goes with other tokens, with any layout, with another buffer and with its defaults; weights are new."""
     first, second = build(group), build(group)
@@ -445,7 +411,6 @@ WAYS: tuple[Callable[[dist.ProcessGroup, torch.device], None], ...] = (
     a_handle_again_and_again,
     more_rows_than_the_worst_case,
     quantised_rows,
-    sizes_that_are_expected,
     routes_that_are_known,
     what_the_guide_shows,
 )

@@ -10,11 +10,10 @@
 // Where rows lie in registered memory (in_place.cuh), nobody sends: receivers fetch them from the peers, once it is
 // known where they go, and the call ends when all peers have fetched this rank's.
 //
-// With a CPU sync the counters tell the host what comes. If it has made room for what it expects, all is as in any other
-// launch, unless that room is too small, or much too large: then nothing is received, and the host launches receivers by
-// themselves. If it has made none, the first launch has those who send and those who count alone. So it is with one
-// block in any case: it counts, sends, and has left before it receives. With the handle of an earlier dispatch all places
-// are known and no counts are exchanged.
+// With a CPU sync the counters tell the host what comes. If it has made room for that, all is as in any other launch.
+// If that room does not do nothing is received, and if there is none the launch has no receivers; then the host
+// launches them behind. So it is with one block in any case: it counts, sends, and has left before it receives. With
+// the handle of an earlier dispatch all places are known and no counts are exchanged.
 
 #include <deep_ep/kernels/dispatch_args.cuh>
 #include <deep_ep/phases/admit.cuh>
@@ -28,6 +27,7 @@
 #include <deep_ep/phases/recall.cuh>
 #include <deep_ep/phases/report.cuh>
 #include <deep_ep/phases/retire.cuh>
+#include <deep_ep/phases/room.cuh>
 #include <deep_ep/phases/route.cuh>
 #include <deep_ep/phases/scatter.cuh>
 #include <deep_ep/wire/blocks.cuh>
@@ -91,14 +91,11 @@ EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool
   }
 }
 
-// Whether this launch receives all that comes, as its blocks and the host (deep_ep/calls/dispatch.py) find out alike.
-EP_DEVICE bool receives_all(const DispatchArgs& a, const Tables& tables) {
-  if (a.host_words == nullptr) return true;  // there is room
-  if (a.num_receive_blocks == 0) return false;
-  const int rows = tables.row_base[a.window.num_ranks];
-  const int expanded_rows = end_of_rows(a.routing.experts_per_rank, a.alignment, tables);
-  return a.least_rows <= rows && rows <= a.received.rows && a.least_expanded_rows <= expanded_rows &&
-         expanded_rows <= a.received.expanded_rows;
+// Whether this launch receives. Where the host waits for the counts, it does if they fit.
+EP_DEVICE bool can_receive(const DispatchArgs& a, const Tables& tables) {
+  if (a.host_words == nullptr) return true;
+  return a.num_receive_blocks > 0 &&
+         fits(a.window.num_ranks, a.routing.experts_per_rank, a.alignment, tables, a.least, a.received);
 }
 
 template <DispatchConfig C>
@@ -133,7 +130,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   device::sync_block();
   // Nothing is taken back any more. Who asked has told the host by now, or never will.
   const bool good = tables.are_all(), learned = tables.is(Ok::kAgrees) && tables.is(Ok::kLearns);
-  const bool all = learned && (receiver || reports) && receives_all(a, tables), receives = receiver && good && all;
+  const bool can = learned && (receiver || reports) && can_receive(a, tables), receives = receiver && good && can;
 
   if (receives && receivers.own() == 0) {
     if (!kRecalls) report_counts(a.window, epoch, experts_per_rank, a.alignment, tables, a.counts);
@@ -162,9 +159,9 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     }
     blank(a.window, a.routing, a.record, a.alignment, tables, warp, receivers, a.received);
   }
-  // Blocks are counted as if the host launched the receivers once more. If nobody needs them, or if it got no report, it
-  // does not; then the block that reports stands for them.
-  const int num_others = reports && (all || !learned) ? a.num_blocks - device::num_blocks() : 0;
+  // Blocks are counted as if receivers were launched behind. They are not, if nobody needs them or if the host got no
+  // report; then the block that reports stands for them.
+  const int num_others = reports && (can || !learned) ? a.num_blocks - device::num_blocks() : 0;
   retire<C.in_place>(a.window, epoch, a.patience, a.num_blocks, 1 + num_others);
 }
 

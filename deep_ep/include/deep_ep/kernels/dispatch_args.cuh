@@ -5,6 +5,7 @@
 #include <deep_ep/phases/land.cuh>
 #include <deep_ep/phases/payload.cuh>
 #include <deep_ep/phases/report.cuh>
+#include <deep_ep/phases/room.cuh>
 #include <deep_ep/phases/route.cuh>
 
 namespace deep_ep {
@@ -35,7 +36,7 @@ struct DispatchArgs {
   void* kept_idx;       // [num_tokens, num_topk], null or where a copy of topk_idx goes
   int32_t* stats;       // [experts_per_rank] or null: grows by what each local expert receives
   int32_t* host_words;  // null, or where the counts are reported to the host
-  int32_t least_rows, least_expanded_rows;  // then: that there may be so much room for (deep_ep/calls/expected.py)
+  Least least;          // then
   int32_t alignment;
   int32_t plan_flags;          // plan.cuh
   int32_t num_count_warps;     // of a counting block: as many as have room for their counts (plan.py)

@@ -76,10 +76,4 @@ EP_DEVICE void collect(const Window& window, uint32_t epoch, int experts_per_ran
   }
 }
 
-// After collect(): the rows of the expanded layout that all which comes takes, padding included.
-EP_DEVICE int end_of_rows(int experts_per_rank, int alignment, const Tables& tables) {
-  const int last = experts_per_rank - 1;
-  return tables.expert_row[last] + align_up(tables.coming[last], alignment);  // source 0's rows come first
-}
-
 }  // namespace deep_ep
