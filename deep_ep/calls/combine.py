@@ -120,8 +120,7 @@ def run_combine(endpoint: Endpoint, request: CombineRequest) -> CombineResult:
             reads=(x, weights, metadata, handle.topk_idx, slots, per_rank, handle.number, *request.biases),
             writes=results,
         )
-        event = order.end(given, results, handle.kept)
-    return combined_x, combined_weights, event
+        return combined_x, combined_weights, order.end(given, results, handle.kept)
 
 
 def _arguments(

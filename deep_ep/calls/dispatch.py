@@ -309,31 +309,30 @@ def _find_routes(call: Call) -> DispatchResult:
         assert outputs.metadata is not None
         pieces = (kept_idx, slots, outputs.metadata, counts.per_rank)  # one tensor of each piece of memory
         event = call.end((routing.topk_idx,), (*outputs.without_metadata, *pieces))
-
-    handle = EPHandle(
-        do_expand=request.expand,
-        num_experts=routing.num_experts,
-        expert_alignment=routing.alignment,
-        num_max_tokens_per_rank=routing.max_tokens,
-        num_sms=request.num_sms,
-        told_num_sms=request.told_num_sms,
-        topk_idx=kept_idx,
-        num_recv_tokens=sizes.tokens,
-        num_expanded_tokens=sizes.expanded,
-        num_recv_tokens_per_expert_list=selections,
-        psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
-        psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
-        num_unaligned_recv_tokens_per_expert=counts.per_expert,
-        recv_src_metadata=outputs.metadata,
-        dst_buffer_slot_idx=slots,
-        per_expert_aligned=counts.per_expert_aligned,
-        per_expert_end=counts.per_expert_end,
-        number=counts.number,
-        group_ranks=endpoint.group_ranks,
-        rank=endpoint.rank,
-    )
-    handle.remember(order.keep(pieces))
-    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+        handle = EPHandle(
+            do_expand=request.expand,
+            num_experts=routing.num_experts,
+            expert_alignment=routing.alignment,
+            num_max_tokens_per_rank=routing.max_tokens,
+            num_sms=request.num_sms,
+            told_num_sms=request.told_num_sms,
+            topk_idx=kept_idx,
+            num_recv_tokens=sizes.tokens,
+            num_expanded_tokens=sizes.expanded,
+            num_recv_tokens_per_expert_list=selections,
+            psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
+            psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
+            num_unaligned_recv_tokens_per_expert=counts.per_expert,
+            recv_src_metadata=outputs.metadata,
+            dst_buffer_slot_idx=slots,
+            per_expert_aligned=counts.per_expert_aligned,
+            per_expert_end=counts.per_expert_end,
+            number=counts.number,
+            group_ranks=endpoint.group_ranks,
+            rank=endpoint.rank,
+        )
+        handle.remember(order.keep(pieces))
+        return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
 
 
 def _uncounted(call: Call, found: Tensors) -> Arrived:
@@ -405,5 +404,5 @@ def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
         known = (handle.dst_buffer_slot_idx, handle.recv_src_metadata, *counts)
         call.launch(request.plan.whole, known, outputs.without_metadata)
         event = call.end((), outputs.without_metadata, handle.kept)
-    handle.turn_to(request.expand)
-    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+        handle.turn_to(request.expand)
+        return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

@@ -270,9 +270,10 @@ class Endpoint:
 
     @contextlib.contextmanager
     def breaking_on_error(self, call: str, order: CallOrder) -> Iterator[None]:
-        """From a call's first launch to its last: whatever ends it in between (out of memory, Ctrl-C) leaves counters
-        that the next call would trip over. What ends it before the first launch leaves nothing. Where kernels have
-        ended by then, what they recorded is raised at the end; else it is for a later call to find."""
+        """From a call's first launch until it has its results: whatever ends it in between (out of memory, Ctrl-C)
+        leaves counters that the next call would trip over, or this rank without what its peers have. What ends it
+        before the first launch leaves nothing. Where kernels have ended by then, what they recorded is raised at the
+        end; else it is for a later call to find."""
         self._has_launched = False
         try:
             yield

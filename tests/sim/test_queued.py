@@ -130,7 +130,7 @@ def test_the_operation_ends_once_though_nothing_comes_after_the_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str, expanded: bool, num_sms: int
 ) -> None:
     """Whether those who wait for rows in vain are of the first launch or of a second one."""
-    words: dict[int, tuple[int, ...]] = {}
+    windows: list[int] = []
     no_marks = bugs.Bug("no-marks", "phases/announce.cuh", "if (slot_of_lane >= 0)", "if (false)", "")
     monkeypatch.setattr(Expected, "room", lambda self, expand: ROOMS[room])
 
@@ -142,13 +142,14 @@ def test_the_operation_ends_once_though_nothing_comes_after_the_counts(
         buffer.run()
         with pytest.raises(EPTimeoutError, match=r"rank \d waited"):
             buffer.get_comm_stream()
-        rank = group.rank()
-        words[rank] = struct.unpack("=6I", world.read(group.machine._windows[0].addresses[rank], 24))
+        windows.append(group.machine._windows[0].addresses[group.rank()])
 
     with World() as world:
         toolchain = planted.patched_toolchain(tmp_path, replace(no_marks, race_detector=False))
         Ranks(world, 2, Settings(toolchain, 1 << 16, (num_sms,) * 2, {}, "expire")).run(ROLES[0], program)
-    for epoch, blocks_done, *_, broken in words.values():
+        words = [struct.unpack("=6I", world.read(window, 24)) for window in windows]
+    assert len(words) == 2
+    for epoch, blocks_done, *_, broken in words:
         assert (epoch, blocks_done) == (1, 0)
         assert broken
 
