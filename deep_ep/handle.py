@@ -79,6 +79,14 @@ class EPHandle:
         if self.do_expand is not do_expand or self.psum_num_recv_tokens_per_expert is not ends:
             self._set(do_expand=do_expand, psum_num_recv_tokens_per_expert=ends)
 
+    def hold(self, num_recv_tokens: int, num_expanded_tokens: int, selections: list[int]) -> None:
+        """Its dispatch has brought so many, which nobody knew when it was made."""
+        self._set(
+            num_recv_tokens=num_recv_tokens,
+            num_expanded_tokens=num_expanded_tokens,
+            num_recv_tokens_per_expert_list=selections,
+        )
+
     @property
     def num_topk(self) -> int:
         return int(self.topk_idx.shape[1])

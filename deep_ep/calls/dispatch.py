@@ -284,95 +284,104 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
     return _find_routes(call) if handle is None else _follow_routes(call, handle)
 
 
-class Arrived(NamedTuple):
-    """What the launches of a dispatch with new routes fill."""
-
-    sizes: Sizes
-    selections: list[int]  # [L], of each local expert, aligned; none if the host does not know
-    counts: RouteCounts
-    outputs: Outputs
-
-
 def _find_routes(call: Call) -> DispatchResult:
-    endpoint, request, order, args = call.endpoint, call.request, call.order, call.args
-    routing, topk_idx = request.routing, call.topk_idx
-    copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
+    endpoint, request, order, args, topk_idx = call.endpoint, call.request, call.order, call.args, call.topk_idx
+    copies_idx = request.copy_topk_idx and topk_idx is request.routing.topk_idx
     with call.allocation():
         kept_idx = torch.empty_like(topk_idx) if copies_idx else topk_idx
         slots = torch.empty_like(topk_idx, dtype=torch.int32)
     args.slots = slots.data_ptr()
     args.kept_idx = kept_idx.data_ptr() if copies_idx else None
-    found = (slots, kept_idx) if copies_idx else (slots,)
-
+    found = Found(slots, kept_idx, call.allocate_counts())
     with endpoint.breaking_on_error("dispatch", order):
-        sizes, selections, counts, outputs = (_counted if request.exact_sizes else _uncounted)(call, found)
-        assert outputs.metadata is not None
-        pieces = (kept_idx, slots, outputs.metadata, counts.per_rank)  # one tensor of each piece of memory
-        event = call.end((routing.topk_idx,), (*outputs.without_metadata, *pieces))
-        handle = EPHandle(
-            do_expand=request.expand,
-            num_experts=routing.num_experts,
-            expert_alignment=routing.alignment,
-            num_max_tokens_per_rank=routing.max_tokens,
-            num_sms=request.num_sms,
-            told_num_sms=request.told_num_sms,
-            topk_idx=kept_idx,
-            num_recv_tokens=sizes.tokens,
-            num_expanded_tokens=sizes.expanded,
-            num_recv_tokens_per_expert_list=selections,
-            psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
-            psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
-            num_unaligned_recv_tokens_per_expert=counts.per_expert,
-            recv_src_metadata=outputs.metadata,
-            dst_buffer_slot_idx=slots,
-            per_expert_aligned=counts.per_expert_aligned,
-            per_expert_end=counts.per_expert_end,
-            number=counts.number,
-            group_ranks=endpoint.group_ranks,
-            rank=endpoint.rank,
-        )
-        handle.remember(order.keep(pieces))
-        return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+        return (_counted if request.exact_sizes else _uncounted)(call, found)
 
 
-def _uncounted(call: Call, found: Tensors) -> Arrived:
+class Found(NamedTuple):
+    """What a dispatch with new routes finds out about this rank's tokens, and how many come."""
+
+    slots: torch.Tensor
+    kept_idx: torch.Tensor  # the selections: a copy, or what was given
+    counts: RouteCounts
+
+    @property
+    def tensors(self) -> Tensors:
+        return self.slots, self.kept_idx, *self.counts
+
+
+def _uncounted(call: Call, found: Found) -> DispatchResult:
     """There is room for all that may come."""
     request, sizes = call.request, call.request.plan.worst
-    counts = call.allocate_counts()
     call.order.wait_for(request.timing.previous_event_before_epilogue)
     outputs = call.allocate(sizes)
-    call.launch(request.plan.whole, (), (*found, *counts, *outputs.tensors))
-    return Arrived(sizes, [], counts, outputs)
+    call.launch(request.plan.whole, (), (*found.tensors, *outputs.tensors))
+    return _wrap(call, found, outputs, sizes, [])
 
 
-def _counted(call: Call, found: Tensors) -> Arrived:
+def _counted(call: Call, found: Found) -> DispatchResult:
     """For exact sizes, the host waits for the counts.
 
     With room for what this rank expects, all is launched at once, and tensors shrink to what has come: so the device
-    does not wait for the host. Where that room does not do, or there was none, a second launch receives.
+    does not wait for the host. Where that room does not do, or there was none, a second launch receives. Nobody can
+    queue anything behind before this returns, so what need not come after the counts comes before them.
     """
     endpoint, request, args = call.endpoint, call.request, call.args
-    planned, routing, epilogue = request.plan, request.routing, request.timing.previous_event_before_epilogue
-    counts = call.allocate_counts()
+    planned, routing, expand = request.plan, request.routing, request.expand
     room, outputs = _make_room(call)
     first, second = planned.apart
     if room is not None and planned.together is not None:
         first, second = planned.together
         args.least.rows, args.least.expanded_rows = room.least
     args.host_words = endpoint.host_counts.expect()
-    call.launch((first,), (), (*found, *counts, *(outputs.tensors if outputs is not None else ())))
+    call.launch((first,), (), (*found.tensors, *(outputs.tensors if outputs is not None else ())))
+    results = None if outputs is None or room is None else _wrap(call, found, outputs, room.most, [])
+
     told = endpoint.wait_for_counts(routing.num_experts // endpoint.num_ranks, routing.alignment)
     sizes = Sizes(told.rows, told.num_selections)
     planned.expected.note(sizes)
-    if outputs is not None and room is not None and room.holds(sizes):
-        outputs.shrink(sizes.tokens, sizes.expanded if request.expand else sizes.tokens)
-    else:
-        outputs = None  # what it had may serve at once
-        outputs = call.allocate(sizes)
-        call.order.wait_for(epilogue)
-        args.host_words = None
-        call.launch((second,), (), (*found, *counts, *outputs.tensors))
-    return Arrived(sizes, told.selections.tolist(), counts, outputs)
+    if results is not None and outputs is not None and room is not None and room.holds(sizes):
+        outputs.shrink(sizes.tokens, sizes.expanded if expand else sizes.tokens)
+        results[3].hold(sizes.tokens, sizes.expanded, told.selections.tolist())
+        return results
+    results = outputs = None  # what it had may serve at once
+    outputs = call.allocate(sizes)
+    call.order.wait_for(request.timing.previous_event_before_epilogue)
+    args.host_words = None
+    call.launch((second,), (), (*found.tensors, *outputs.tensors))
+    return _wrap(call, found, outputs, sizes, told.selections.tolist())
+
+
+def _wrap(call: Call, found: Found, outputs: Outputs, sizes: Sizes, selections: list[int]) -> DispatchResult:
+    """The end of the call and its results, with a handle that has these sizes."""
+    endpoint, request, counts = call.endpoint, call.request, found.counts
+    routing = request.routing
+    assert outputs.metadata is not None
+    pieces = (found.kept_idx, found.slots, outputs.metadata, counts.per_rank)  # one tensor of each piece of memory
+    event = call.end((routing.topk_idx,), (*outputs.without_metadata, *pieces))
+    handle = EPHandle(
+        do_expand=request.expand,
+        num_experts=routing.num_experts,
+        expert_alignment=routing.alignment,
+        num_max_tokens_per_rank=routing.max_tokens,
+        num_sms=request.num_sms,
+        told_num_sms=request.told_num_sms,
+        topk_idx=found.kept_idx,
+        num_recv_tokens=sizes.tokens,
+        num_expanded_tokens=sizes.expanded,
+        num_recv_tokens_per_expert_list=selections,
+        psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
+        psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
+        num_unaligned_recv_tokens_per_expert=counts.per_expert,
+        recv_src_metadata=outputs.metadata,
+        dst_buffer_slot_idx=found.slots,
+        per_expert_aligned=counts.per_expert_aligned,
+        per_expert_end=counts.per_expert_end,
+        number=counts.number,
+        group_ranks=endpoint.group_ranks,
+        rank=endpoint.rank,
+    )
+    handle.remember(call.order.keep(pieces))
+    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
 
 
 def _make_room(call: Call) -> tuple[Room, Outputs] | tuple[None, None]:
