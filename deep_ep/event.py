@@ -110,7 +110,9 @@ class CallEnd:
     capture: int
     stream: torch.cuda.Stream | None = None
     event: torch.cuda.Event | None = None
-    _own: torch.cuda.Event | None = None  # recorded again and again: a wait is for what was recorded when it was asked
+    # Recorded again and again: a wait is for what was recorded when it was asked.
+    _own: torch.cuda.Event | None = None
+    _handed: torch.cuda.Event | None = None
 
     def note(self, stream: torch.cuda.Stream, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
         """A call ends here; ``event`` is what it has recorded there itself. Returns the event."""
@@ -121,6 +123,15 @@ class CallEnd:
             event = self._own
         self.stream, self.event = stream, event
         return event
+
+
+    def hand_over(self, source: torch.cuda.Stream, target: torch.cuda.Stream) -> None:
+        """The next call, on ``target``, waits for what ``source`` was given so far. As Stream.wait_stream does, which
+        makes an event each time."""
+        if self._handed is None:
+            self._handed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._handed.record(source)
+        target.wait_event(self._handed)
 
 
 class LastCall:
@@ -209,7 +220,7 @@ class CallOrder:
         if self._previous is not None:
             self.stream.wait_event(self._previous)
         elif self._beside:
-            self.stream.wait_stream(self._current)
+            last.hand_over(self._current, self.stream)
 
     def wait_for(self, event: EventOverlap | EventHandle | None) -> None:
         """Make the stream wait for an event of an earlier call."""

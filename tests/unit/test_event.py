@@ -150,9 +150,9 @@ def test_plain_call_runs_on_the_current_stream(log: Log) -> None:
 def test_asynchronous_call_leaves_the_current_stream_alone(log: Log) -> None:
     order = order_of(log, asynchronous=True)
     order.begin(LastCall(), 0)
-    assert log.lines == ["comm waits for compute"]
+    assert log.lines == ["comm waits for event on compute"]
     event = order.end([], [])
-    assert log.lines == ["comm waits for compute"]
+    assert log.lines == ["comm waits for event on compute"]
     event.current_stream_wait()
     assert log.lines[1:] == ["compute waits for event on comm"]
 
@@ -172,7 +172,7 @@ def test_previous_event_that_is_empty(log: Log) -> None:
     assert order.stream is not None
     assert order.stream.name == "compute"  # type: ignore[attr-defined]
     order_of(log, previous=EventOverlap(), asynchronous=True).begin(LastCall(), 0)
-    assert log.lines == ["comm waits for compute"]
+    assert log.lines == ["comm waits for event on compute"]
 
 
 def call(log: Log, last: LastCall, capture: int = 0, **timing: Any) -> list[str]:
@@ -199,7 +199,7 @@ def test_the_same_stream_is_in_order_by_itself(log: Log) -> None:
     for _ in range(2):
         assert call(log, last) == []
     for _ in range(2):
-        assert call(log, last, asynchronous=True)[-1] == "comm waits for compute"
+        assert call(log, last, asynchronous=True)[-1] == "comm waits for event on compute"
 
 
 def test_what_was_queued_behind_the_last_call_is_not_waited_for(log: Log) -> None:
