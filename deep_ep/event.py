@@ -124,7 +124,6 @@ class CallEnd:
         self.stream, self.event = stream, event
         return event
 
-
     def hand_over(self, source: torch.cuda.Stream, target: torch.cuda.Stream) -> None:
         """The next call, on ``target``, waits for what ``source`` was given so far. As Stream.wait_stream does, which
         makes an event each time."""

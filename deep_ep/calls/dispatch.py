@@ -292,7 +292,7 @@ def _find_routes(call: Call) -> DispatchResult:
         slots = torch.empty_like(topk_idx, dtype=torch.int32)
     args.slots = slots.data_ptr()
     args.kept_idx = kept_idx.data_ptr() if copies_idx else None
-    found = Found(slots, kept_idx, call.allocate_counts())
+    found = Found(slots, kept_idx, copies_idx, call.allocate_counts())
     with endpoint.breaking_on_error("dispatch", order):
         return (_counted if request.exact_sizes else _uncounted)(call, found)
 
@@ -301,12 +301,14 @@ class Found(NamedTuple):
     """What a dispatch with new routes finds out about this rank's tokens, and how many come."""
 
     slots: torch.Tensor
-    kept_idx: torch.Tensor  # the selections: a copy, or what was given
+    kept_idx: torch.Tensor  # the selections
+    is_copied: bool  # or what was given
     counts: RouteCounts
 
     @property
     def tensors(self) -> Tensors:
-        return self.slots, self.kept_idx, *self.counts
+        """Those that the kernel writes."""
+        return self.slots, self.kept_idx if self.is_copied else None, *self.counts
 
 
 def _uncounted(call: Call, found: Found) -> DispatchResult:
@@ -315,7 +317,7 @@ def _uncounted(call: Call, found: Found) -> DispatchResult:
     call.order.wait_for(request.timing.previous_event_before_epilogue)
     outputs = call.allocate(sizes)
     call.launch(request.plan.whole, (), (*found.tensors, *outputs.tensors))
-    return _wrap(call, found, outputs, sizes, [])
+    return _wrap(call, found, outputs, _handle_of(call, found, outputs, sizes, []))
 
 
 def _counted(call: Call, found: Found) -> DispatchResult:
@@ -323,7 +325,7 @@ def _counted(call: Call, found: Found) -> DispatchResult:
 
     With room for what this rank expects, all is launched at once, and tensors shrink to what has come: so the device
     does not wait for the host. Where that room does not do, or there was none, a second launch receives. Nobody can
-    queue anything behind before this returns, so what need not come after the counts comes before them.
+    queue anything behind before this returns, so the handle is made before the counts are there.
     """
     endpoint, request, args = call.endpoint, call.request, call.args
     planned, routing, expand = request.plan, request.routing, request.expand
@@ -334,31 +336,40 @@ def _counted(call: Call, found: Found) -> DispatchResult:
         args.least.rows, args.least.expanded_rows = room.least
     args.host_words = endpoint.host_counts.expect()
     call.launch((first,), (), (*found.tensors, *(outputs.tensors if outputs is not None else ())))
-    results = None if outputs is None or room is None else _wrap(call, found, outputs, room.most, [])
+    handle = None if outputs is None or room is None else _handle_of(call, found, outputs, room.most, [])
 
     told = endpoint.wait_for_counts(routing.num_experts // endpoint.num_ranks, routing.alignment)
     sizes = Sizes(told.rows, told.num_selections)
     planned.expected.note(sizes)
-    if results is not None and outputs is not None and room is not None and room.holds(sizes):
+    if handle is not None and outputs is not None and room is not None and room.holds(sizes):
         outputs.shrink(sizes.tokens, sizes.expanded if expand else sizes.tokens)
-        results[3].hold(sizes.tokens, sizes.expanded, told.selections.tolist())
-        return results
-    results = outputs = None  # what it had may serve at once
+        handle.hold(sizes.tokens, sizes.expanded, told.selections.tolist())
+        return _wrap(call, found, outputs, handle)
+    handle = outputs = None  # what they had may serve at once: no stream is said to use it
     outputs = call.allocate(sizes)
     call.order.wait_for(request.timing.previous_event_before_epilogue)
     args.host_words = None
     call.launch((second,), (), (*found.tensors, *outputs.tensors))
-    return _wrap(call, found, outputs, sizes, told.selections.tolist())
+    return _wrap(call, found, outputs, _handle_of(call, found, outputs, sizes, told.selections.tolist()))
 
 
-def _wrap(call: Call, found: Found, outputs: Outputs, sizes: Sizes, selections: list[int]) -> DispatchResult:
-    """The end of the call and its results, with a handle that has these sizes."""
+def _wrap(call: Call, found: Found, outputs: Outputs, handle: EPHandle) -> DispatchResult:
+    """The end of the call, and its results."""
+    pieces = (
+        found.kept_idx,
+        found.slots,
+        handle.recv_src_metadata,
+        found.counts.per_rank,
+    )  # one of each piece of memory
+    event = call.end((call.request.routing.topk_idx,), (*outputs.without_metadata, *pieces))
+    handle.remember(call.order.keep(pieces))
+    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+
+
+def _handle_of(call: Call, found: Found, outputs: Outputs, sizes: Sizes, selections: list[int]) -> EPHandle:
     endpoint, request, counts = call.endpoint, call.request, found.counts
     routing = request.routing
-    assert outputs.metadata is not None
-    pieces = (found.kept_idx, found.slots, outputs.metadata, counts.per_rank)  # one tensor of each piece of memory
-    event = call.end((routing.topk_idx,), (*outputs.without_metadata, *pieces))
-    handle = EPHandle(
+    return EPHandle(
         do_expand=request.expand,
         num_experts=routing.num_experts,
         expert_alignment=routing.alignment,
@@ -380,8 +391,6 @@ def _wrap(call: Call, found: Found, outputs: Outputs, sizes: Sizes, selections: 
         group_ranks=endpoint.group_ranks,
         rank=endpoint.rank,
     )
-    handle.remember(call.order.keep(pieces))
-    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
 
 
 def _make_room(call: Call) -> tuple[Room, Outputs] | tuple[None, None]:
@@ -413,5 +422,5 @@ def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
         known = (handle.dst_buffer_slot_idx, handle.recv_src_metadata, *counts)
         call.launch(request.plan.whole, known, outputs.without_metadata)
         event = call.end((), outputs.without_metadata, handle.kept)
-        handle.turn_to(request.expand)
-        return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+    handle.turn_to(request.expand)
+    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -180,6 +180,33 @@ def test_sizes_of_the_expanded_layout(machine: FakeMachine, buffer: ElasticBuffe
     assert handle.num_recv_tokens == len(handle.recv_src_metadata) == 8
     (x8, sf), recv_idx, weights, _, _ = buffer.dispatch(x, **arguments, do_cpu_sync=False)
     assert (recv_idx.shape, weights.shape, x8.shape, sf.stride()) == ((8, 2), (8, 2), (8, HIDDEN), (1, 1))
+
+
+@pytest.mark.parametrize("do_cpu_sync", [True, False])
+@pytest.mark.parametrize("do_handle_copy", [True, False])
+def test_what_is_given_is_not_written(
+    machine: FakeMachine,
+    buffer: ElasticBuffer,
+    monkeypatch: pytest.MonkeyPatch,
+    do_handle_copy: bool,
+    do_cpu_sync: bool,
+) -> None:
+    """Simulated ranks write back what a kernel may write; it may be memory that nobody can write to."""
+    idx = torch.zeros(3, 1, dtype=deep_ep.topk_idx_t)
+    x = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
+    written: list[torch.Tensor] = []
+
+    def launch(*_: object, writes: Sequence[torch.Tensor | None], **__: object) -> None:
+        written.extend(each for each in writes if each is not None)
+        machine.report_counts(3, 1, 0, 2, 5)
+
+    monkeypatch.setattr(machine, "launch", launch)
+    arguments = {"topk_idx": idx, "num_experts": 4, "do_handle_copy": do_handle_copy, "do_cpu_sync": do_cpu_sync}
+    for _ in range(2):
+        handle = buffer.dispatch(x, **arguments)[3]
+    assert not any(each is idx or each is x for each in written)
+    assert (handle.topk_idx is idx) == (not do_handle_copy)
+    assert any(each is handle.topk_idx for each in written) == do_handle_copy
 
 
 def test_known_routes(machine: FakeMachine, buffer: ElasticBuffer) -> None:

@@ -212,6 +212,18 @@ def test_who_gets_memory_of_a_call_that_failed_waits_for_its_kernels(
         dispatch(buffer)
 
 
+def test_a_dispatch_that_fails_leaves_the_layout_of_its_handle(machine: FakeMachine) -> None:
+    """It goes with other buffers of the same ranks."""
+    machine.launches_finish = True
+    buffer = build()
+    handle = dispatch(buffer, do_cpu_sync=False)
+    ends = handle.psum_num_recv_tokens_per_expert
+    machine.on_launch = machine.leave_fault
+    with pytest.raises(EPTimeoutError):
+        buffer.dispatch(torch.zeros(3, HIDDEN, dtype=torch.bfloat16), handle=handle, do_expand=True)
+    assert (handle.do_expand, handle.psum_num_recv_tokens_per_expert is ends) == (False, True)
+
+
 @pytest.mark.parametrize("call", ["dispatch", "combine", "barrier"])
 def test_a_fault_is_told_at_once_where_kernels_have_ended(machine: FakeMachine, call: str) -> None:
     machine.launches_finish = True
