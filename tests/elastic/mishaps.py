@@ -287,8 +287,13 @@ def a_rank_with_another_handle(job: Job) -> None:
         job.rebuild()
 
 
+def blames_it(text: str) -> bool:
+    """Whoever misses its deadline first is named: the odd rank, or one that waits for it, which the text says."""
+    return f" rank {ODD} " in text or "waits itself for a third rank" in text
+
+
 def a_rank_without_memory(job: Job) -> None:
-    """It has sent what it had to, and cannot go on; its peers wait for it in the next call."""
+    """It has sent what it had to, and cannot go on; its peers wait for it in the next call, or for each other."""
     if job.is_odd:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Payload, "new_empty", out_of_memory)
@@ -297,7 +302,7 @@ def a_rank_without_memory(job: Job) -> None:
     else:
         recv_x, _, _, handle, _ = job.dispatch()
         text, _ = job.told(lambda: job.buffer.combine(recv_x, handle))
-        assert f" rank {ODD} " in text, text
+        assert blames_it(text), text
     job.rebuild()
 
 
@@ -309,7 +314,7 @@ def a_rank_that_dies(job: Job) -> None:
             job.dispatch()
     recv_x, _, _, handle, _ = job.dispatch()
     text, seconds = job.told(lambda: job.buffer.combine(recv_x, handle))
-    assert f" rank {ODD} " in text, text
+    assert blames_it(text), text
     assert seconds < 3 * LIMIT_SECONDS
     start = time.monotonic()
     job.buffer.destroy()
