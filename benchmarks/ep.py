@@ -23,7 +23,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,15 +134,15 @@ def main() -> int:
         ceilings = Ceilings.measure(buffer, stopwatch, arguments.iterations)
         report = Report(title(arguments, buffer, ceilings), facts(arguments, buffer, ceilings))
         measure(arguments, report, buffer, stopwatch, ceilings, device)
-        failed = finish(arguments, report, choices(buffer, arguments.topk))
+        failed = finish(arguments, report, functools.partial(choice, buffer, arguments.topk))
     buffer.destroy()
     dist.destroy_process_group()
     return int(failed)
 
 
-def choices(buffer: deep_ep.ElasticBuffer, topk: int) -> dict[str, int]:
-    """By name, the SMs that calls take when they are told none."""
-    return {name: buffer._end().num_sms(0, call.kind, topk) for name, call in CALLS.items()}
+def choice(buffer: deep_ep.ElasticBuffer, topk: int, name: str, tokens: int) -> int:
+    """The SMs that a call takes when it is told none."""
+    return buffer._end().num_sms(0, CALLS[name].kind, topk, tokens)
 
 
 def facts(arguments: argparse.Namespace, buffer: deep_ep.ElasticBuffer, ceilings: Ceilings) -> dict[str, Any]:
@@ -182,7 +182,6 @@ def cases(
     """What is timed, in order: what is known of the reading (report.Reading) beforehand, and the call."""
     batches = [(tokens, "eager", arguments.sms) for tokens in arguments.prefill]
     batches += [(tokens, mode, arguments.decode_sms) for mode in MODES for tokens in arguments.decode]
-    chosen = choices(buffer, arguments.topk)
     needs_no_host = arguments.gates or arguments.check_model  # else figures would say what the host's CPU is like
     if arguments.calls in "barrier":
         for mode in MODES:
@@ -195,7 +194,9 @@ def cases(
                 continue
             link_bytes = call.link_bytes(workload)
             floor = ceilings.floor_us(link_bytes, mode)
-            for sms in sorted({*all_sms, chosen[name]}) if arguments.check_model else all_sms:
+            for sms in (
+                sorted({*all_sms, choice(buffer, arguments.topk, name, tokens)}) if arguments.check_model else all_sms
+            ):
                 known = {"name": name, "tokens": tokens, "mode": mode, "sms": sms, "rank": buffer.rank_idx}
                 known |= {"link_bytes": link_bytes, "ceiling": ceilings.link_us(link_bytes), "floor": floor}
                 yield known, call.prepare(workload, sms)
@@ -231,8 +232,8 @@ def measure(
         report.add_kernels(i, stopwatch.kernels(known["mode"], ready))
 
 
-def finish(arguments: argparse.Namespace, report: Report, chosen: dict[str, int]) -> bool:
-    """Say and write what was found; returns whether something is worse than it may be. ``chosen``: the model's SMs."""
+def finish(arguments: argparse.Namespace, report: Report, choose: Callable[[str, int], int]) -> bool:
+    """Say and write what was found; returns whether something is worse than it may be. ``choose``: see check_model."""
     if dist.get_rank() != 0:
         return False
     if arguments.json:  # with the kernels
@@ -246,7 +247,7 @@ def finish(arguments: argparse.Namespace, report: Report, chosen: dict[str, int]
         verdict = gate.compare(*where, arguments.tolerance, arguments.calls)
         failures += tell(f"Compared with {arguments.reference}, up to {arguments.tolerance:.0%} slower", verdict)
     if arguments.check_model:
-        verdict = gate.check_model(report.readings, chosen, MODEL_WITHIN)
+        verdict = gate.check_model(report.readings, choose, MODEL_WITHIN)
         failures += tell(f"The model's SMs, up to {MODEL_WITHIN:.0%} slower than the best", verdict)
     if arguments.write_reference:
         gate.write_reference(arguments.write_reference, report.facts, report.readings)

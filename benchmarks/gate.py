@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,11 @@ def compare(
     return Verdict(failures, notes)
 
 
-def check_model(readings: list[list[Reading]], choices: dict[str, int], within: float) -> Verdict:
+def check_model(readings: list[list[Reading]], choose: Callable[[str, int], int], within: float) -> Verdict:
     """Whether the model's number of SMs is as good as the best of a sweep, for each call and batch that was swept.
 
     Args:
-        choices: by the name of a call, what it takes when it is told no number; parts of the sweep.
+        choose: what the call of a name takes for so many tokens when it is told no number; parts of the sweep.
         within: by which part of the best time a choice may be slower.
     """
     sweeps: dict[tuple[str, int, str], dict[int, float]] = {}
@@ -98,7 +99,7 @@ def check_model(readings: list[list[Reading]], choices: dict[str, int], within: 
     for (name, tokens, mode), times in sweeps.items():
         if len(times) == 1:
             continue
-        what, choice = f"{name} | {tokens} tokens, {mode}", choices[name]
+        what, choice = f"{name} | {tokens} tokens, {mode}", choose(name, tokens)
         if choice not in times:
             failures.append(f"{what}: the model's {choice} SMs are not in the sweep")
             continue

@@ -285,8 +285,8 @@ class ElasticBuffer(Later):
                 and sizes are the handle's. topk_idx is None then, and other arguments that the handle knows are left
                 out or the same. The layout is what ``do_expand`` says now, and the handle follows it.
             do_handle_copy: False lets the handle hold ``topk_idx`` itself.
-            do_cpu_sync: True (the default): wait for the counts and return exact sizes. False: R*M rows, nothing
-                blocks; rows past the real count have recv_topk_idx -1.
+            do_cpu_sync: True (the default): wait for the counts and return exact sizes, with memory for a few more rows
+                behind them. False: R*M rows, nothing blocks; rows past the real count have recv_topk_idx -1.
             do_expand: one row for each (token, local expert), grouped by expert; each group starts at a multiple of
                 ``expert_alignment`` and is ordered by (source rank, token).
             do_zero_padding: fill the rows between the groups of the expanded layout with zeros, weights and scale

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -110,7 +110,9 @@ class CallEnd:
     capture: int
     stream: torch.cuda.Stream | None = None
     event: torch.cuda.Event | None = None
-    _own: torch.cuda.Event | None = None  # recorded again and again: a wait is for what was recorded when it was asked
+    # Recorded again and again: a wait is for what was recorded when it was asked.
+    _own: torch.cuda.Event | None = None
+    _handed: torch.cuda.Event | None = None
 
     def note(self, stream: torch.cuda.Stream, event: torch.cuda.Event | None = None) -> torch.cuda.Event:
         """A call ends here; ``event`` is what it has recorded there itself. Returns the event."""
@@ -122,38 +124,13 @@ class CallEnd:
         self.stream, self.event = stream, event
         return event
 
-
-class SideStream:
-    """A second stream, for a launch that runs beside others of its call. Made when it is first used.
-
-    Args:
-        comm_stream: the machine's, or None on simulated ranks (then nothing here does anything).
-    """
-
-    def __init__(self, comm_stream: torch.cuda.Stream | None) -> None:
-        self._comm_stream = comm_stream
-        self._stream: torch.cuda.Stream | None = None
-        self._event: torch.cuda.Event | None = None  # recorded again and again, as a call's end
-
-    @contextmanager
-    def beside(self, stream: torch.cuda.Stream | None) -> Iterator[torch.cuda.Stream | None]:
-        """The context of launches on the side stream. They run after what ``stream``, the call's own, was given before
-        this context, and before what it is given behind it, however the context ends: after an error, too, what was
-        launched may still run. So whoever frees or writes their tensors need not know of the side stream."""
-        if self._comm_stream is None or stream is None:
-            yield None
-            return
-        if self._stream is None or self._event is None:
-            self._stream = torch.cuda.Stream(self._comm_stream.device, priority=self._comm_stream.priority)  # type: ignore[no-untyped-call]
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record(stream)
-        self._stream.wait_event(self._event)
-        try:
-            yield self._stream
-        finally:
-            # Not earlier: where streams share a queue of the device, what is launched behind this waits, too.
-            self._event.record(self._stream)
-            stream.wait_event(self._event)
+    def hand_over(self, source: torch.cuda.Stream, target: torch.cuda.Stream) -> None:
+        """The next call, on ``target``, waits for what ``source`` was given so far. As Stream.wait_stream does, which
+        makes an event each time."""
+        if self._handed is None:
+            self._handed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._handed.record(source)
+        target.wait_event(self._handed)
 
 
 class LastCall:
@@ -242,7 +219,7 @@ class CallOrder:
         if self._previous is not None:
             self.stream.wait_event(self._previous)
         elif self._beside:
-            self.stream.wait_stream(self._current)
+            last.hand_over(self._current, self.stream)
 
     def wait_for(self, event: EventOverlap | EventHandle | None) -> None:
         """Make the stream wait for an event of an earlier call."""
@@ -336,6 +313,11 @@ def looking(
         return nullcontext()
     comm_stream.wait_event(recorded)
     return torch.cuda.stream(comm_stream)
+
+
+def is_recorded(event: EventOverlap | EventHandle | None) -> bool:
+    """Whether there is anything to wait for."""
+    return _recorded(event) is not None
 
 
 def _recorded(event: EventOverlap | EventHandle | None) -> torch.cuda.Event | None:

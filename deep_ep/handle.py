@@ -76,7 +76,16 @@ class EPHandle:
     def turn_to(self, do_expand: bool) -> None:
         """A dispatch has used the handle for this layout: what depends on it follows."""
         ends = self.per_expert_end if do_expand else self.per_expert_aligned
-        self._set(do_expand=do_expand, psum_num_recv_tokens_per_expert=ends)
+        if self.do_expand is not do_expand or self.psum_num_recv_tokens_per_expert is not ends:
+            self._set(do_expand=do_expand, psum_num_recv_tokens_per_expert=ends)
+
+    def hold(self, num_recv_tokens: int, num_expanded_tokens: int, selections: list[int]) -> None:
+        """Its dispatch has brought so many, which nobody knew when it was made."""
+        self._set(
+            num_recv_tokens=num_recv_tokens,
+            num_expanded_tokens=num_expanded_tokens,
+            num_recv_tokens_per_expert_list=selections,
+        )
 
     @property
     def num_topk(self) -> int:
@@ -88,8 +97,9 @@ class EPHandle:
         Args:
             kept: its tensors, if fewer hold all their memory, or if a stream was told of them.
         """
-        tensors = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
-        self._set(_kept=kept or Kept(tensors))
+        if kept is None:
+            kept = Kept([value for value in vars(self).values() if isinstance(value, torch.Tensor)])
+        self._set(_kept=kept)
 
     @property
     def is_known(self) -> bool:

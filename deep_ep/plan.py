@@ -39,19 +39,21 @@ class Division:
     """It and all behind it count before they do anything else."""
 
     @property
-    def halves(self) -> tuple[Division, Division]:
-        """The same in two launches that may run beside each other: one that sends, and counts in blocks that then
-        leave, and one that receives."""
-        num_senders, num_receivers = self.num_send_blocks, self.num_receive_blocks
+    def without_receivers(self) -> Division:
+        """Those who send, and those who count, which do nothing else."""
+        if self.num_receive_blocks == 0:
+            return self
         num_counters = self.num_blocks - self.first_count_block
-        return (
-            Division(num_senders + num_counters, num_senders, 0, num_senders),
-            Division(num_receivers, 0, num_receivers, num_receivers),
-        )
+        return Division(self.num_send_blocks + num_counters, self.num_send_blocks, 0, self.num_send_blocks)
+
+    @staticmethod
+    def receiving(num_blocks: int) -> Division:
+        """A launch in which all blocks receive."""
+        return Division(num_blocks, 0, num_blocks, num_blocks)
 
 
-ONE_BLOCK_HALVES = Division(1, 1, 0, 0), Division(1, 0, 1, 1)
-"""One after the other: the block counts, and sends; then it receives."""
+ONE_BLOCK = Division(1, 1, 0, 0), Division.receiving(1)
+"""Two launches: the block counts, and sends; then it receives."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Roles:
         return min(max(1, round(num_blocks * share)), num_blocks - 1)
 
     def division(self, num_blocks: int, num_tokens: int, traffic: Traffic, by_handle: bool) -> Division:
-        """A launch that does both halves."""
+        """A launch that sends and receives."""
         num_send_blocks = self.num_send_blocks(num_blocks, traffic, by_handle)
         num_counters = max(1, -(-num_tokens // self.tokens_per_counter))
         return Division(
@@ -90,7 +92,7 @@ class Roles:
         )
 
     def division_in_place(self, num_blocks: int, num_tokens: int) -> Division:
-        """A launch of both halves in which nobody sends."""
+        """A launch in which nobody sends, and all receive."""
         num_counters = max(1, -(-num_tokens // self.tokens_per_counter))
         return Division(num_blocks, 0, num_blocks, max(0, num_blocks - num_counters))
 

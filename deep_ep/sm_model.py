@@ -6,7 +6,8 @@ By what was measured (docs/performance.md, "How many SMs"), the time of a call w
 
 so it gains nothing from more SMs than work over the greater of the other two. All of them grow with the number of bytes
 on the link, and with nothing else that a call brings, so the number is one for all sizes of batches and all formats of
-rows. An SM loads and stores one after the other (note 24 there), so its work is the sum of both.
+rows; but combines of few tokens take more (``of_few``). An SM loads and stores one after the other (note 24 there), so
+its work is the sum of both.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ NVLINK_REACHED = NVLINK_GBS / (18 * 26.5625)
 # at 2 x 3201 MHz.
 MEMORY_GBS = 4248.0
 MEMORY_REACHED = MEMORY_GBS / 4916.7
+
+FEW_TOKENS, FEW_TOKENS_SMS = 512, 32
 
 NOMINAL_SM_READ_GBS, NOMINAL_SM_WRITE_GBS = 200.0, 50.0  # the public interface's, of an SM that does both at a time
 
@@ -154,6 +157,13 @@ def num_sms(kind: Kind, num_ranks: int, num_topk: int, speeds: Speeds) -> int:
     work = work_of(kind, num_ranks, num_topk)
     link_gbs = min(speeds.link, speeds.memory / work.memory)
     return max(4, align(math.ceil(link_gbs * work.sm_seconds(speeds)), 2))
+
+
+def of_few(kind: Kind, num_tokens: int) -> int:
+    """SMs that a call takes at least for so few tokens: combines are then limited by trips to memory, of which a warp
+    makes as many, one after the other, as it has pieces of rows to add. Measured with 32 to 512 tokens of 14336 bytes
+    (docs/performance.md, "How many SMs", "Few tokens")."""
+    return FEW_TOKENS_SMS if num_tokens <= FEW_TOKENS and kind in (Kind.COMBINE, Kind.COMBINE_IN_PLACE) else 0
 
 
 def table(num_ranks: int, speeds: Speeds, most: int) -> dict[Kind, tuple[int, ...]]:

@@ -62,7 +62,7 @@ def is_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
     if kind not in (torch.float32, torch.int32):
         raise TypeError(f"x[1] must be torch.float32 or torch.int32, but it is {kind}; an int32 packs four UE8M0 bytes")
     scales = is_tensor("x[1]", x[1], "TP", kind, device)
-    has_rows("x[1]", scales, rows.shape[0], f"x[0] has {rows.shape[0]}; pass one row of scale factors per token")
+    has_rows("x[1]", scales, rows.shape[0], "x[0] has {}; pass one row of scale factors per token")
     if not 1 <= scales.shape[1] <= MAX_SCALES:
         raise ValueError(
             f"x[1] must have 1 to {MAX_SCALES} scale factors a token (one for every 128 values, or four packed into "
@@ -72,9 +72,9 @@ def is_payload(x: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor
 
 
 def has_rows(name: str, value: torch.Tensor, rows: int, why: str) -> None:
-    """Its first dimension is ``rows``."""
+    """Its first dimension is ``rows``, which stands in ``why`` for ``{}``."""
     if value.shape[0] != rows:
-        raise ValueError(f"{name} has {value.shape[0]} rows but {why}")
+        raise ValueError(f"{name} has {value.shape[0]} rows but {why.format(rows)}")
 
 
 def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,7 @@ def is_topk_idx(value: Any, num_tokens: int, dtype: torch.dtype, device: torch.d
     if value is None:
         raise ValueError("topk_idx must be given unless a handle is; pass one row of expert ids per token")
     topk_idx = is_tensor("topk_idx", value, "TK", dtype, device)
-    has_rows("topk_idx", topk_idx, num_tokens, f"x has {num_tokens}; pass one row of expert ids per token")
+    has_rows("topk_idx", topk_idx, num_tokens, "x has {}; pass one row of expert ids per token")
     if not 1 <= topk_idx.shape[1] <= MAX_TOPK:
         shape = list(topk_idx.shape)
         raise ValueError(f"topk_idx must have 1 to {MAX_TOPK} selections a token, but its shape is {shape}")

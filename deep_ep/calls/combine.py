@@ -72,11 +72,11 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
     if handle.do_expand:
         returned = Return.SUM if asked.allow_multiple_reduction else Return.EVERY_ROW
         rows = handle.num_expanded_tokens
-        validate.has_rows("x", x, rows, f"the handle's expanded layout has {rows}; pass it whole, padding included")
+        validate.has_rows("x", x, rows, "the handle's expanded layout has {}; pass it whole, padding included")
         weights = validate.is_row_weights(asked.topk_weights, "topk_weights", rows, device)
     else:
         returned, rows = Return.IN_PLACE if asked.zero_copy else Return.ROW, handle.num_recv_tokens
-        validate.has_rows("x", x, rows, f"the handle's dispatch returned {rows}; pass one row for each")
+        validate.has_rows("x", x, rows, "the handle's dispatch returned {}; pass one row for each")
         weights = validate.is_weights(asked.topk_weights, "topk_weights", rows, num_topk, device, "NK")
     in_place = endpoint.registered.place(("x", x), ("topk_weights", weights)) if asked.zero_copy else None
     biases = validate.biases(asked.bias, num_tokens, hidden, device)
@@ -89,7 +89,7 @@ def check_combine(endpoint: Endpoint, asked: AskedCombine) -> CombineRequest:
         num_topk=num_topk,
         num_experts=handle.num_experts,
         max_tokens=max_tokens,
-        num_sms=endpoint.num_sms(told or handle.told_num_sms, KINDS[returned], num_topk),
+        num_sms=endpoint.num_sms(told or handle.told_num_sms, KINDS[returned], num_topk, num_tokens),
         returned=returned,
         has_weights=weights is not None,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,10 +11,11 @@ import torch
 
 from deep_ep import layout, validate
 from deep_ep.calls.endpoint import Endpoint, Tensors
+from deep_ep.calls.expected import Room
 from deep_ep.calls.payload import Payload
 from deep_ep.calls.plans import DispatchPlan, DispatchShape, Part, plan_dispatch
 from deep_ep.calls.received import Outputs, RouteCounts, Sizes
-from deep_ep.event import NOTHING, CallOrder, EventOverlap, Kept, Timing
+from deep_ep.event import CallOrder, EventOverlap, Kept, Timing, is_recorded
 from deep_ep.handle import EPHandle
 from deep_ep.ops.arguments import InPlace, pointer
 from deep_ep.ops.dispatch import COPIED, WORD_BYTES, DispatchArgs, Scales
@@ -114,7 +116,7 @@ def check_dispatch(endpoint: Endpoint, asked: AskedDispatch) -> DispatchRequest:
         num_experts=routing.num_experts,
         max_tokens=validate.fitting_tokens(routing.max_tokens, num_tokens),
         alignment=routing.alignment,
-        num_sms=endpoint.num_sms(asked.num_sms, kind, num_topk),
+        num_sms=endpoint.num_sms(asked.num_sms, kind, num_topk, num_tokens),
         has_weights=weights is not None,
         has_handle=routing.handle is not None,
         expand=expand,
@@ -227,21 +229,31 @@ class Call:
         return self.order.allocation(self.request.timing.allocate_on_comm_stream)
 
     def allocate(self, sizes: Sizes) -> Outputs:
-        """Outputs, of which the kernel knows then."""
-        request = self.request
-        outputs = Outputs.allocate(
-            request.payload,
-            self.topk_idx,
-            self.weights,
-            sizes,
-            expand=request.expand,
-            col_major_scales=request.col_major_scales,
-        )
+        """Room for what comes, of which the kernel knows then."""
+        request, topk_idx, weights = self.request, self.topk_idx, self.weights
+        tokens, num_topk = sizes.tokens, topk_idx.shape[1]
+        rows = sizes.expanded if request.expand else tokens
+        is_new = request.routing.handle is None
+        with self.allocation():
+            outputs = Outputs(
+                request.payload.new_empty(rows, col_major_scales=request.col_major_scales),
+                None if request.expand else topk_idx.new_empty((tokens, num_topk)),
+                None if weights is None else weights.new_empty(rows if request.expand else (rows, num_topk)),
+                topk_idx.new_empty((tokens, num_topk + 2), dtype=torch.int32) if is_new else None,
+            )
         outputs.tell(self.args.received, sizes)
         return outputs
 
-    def launch(self, parts: list[Part], reads: Tensors, writes: Tensors, stream: Any = None) -> None:
-        """Launch all parts, on the call's stream or on another. ``reads``, ``writes``: beside those of every launch."""
+    def allocate_counts(self) -> RouteCounts:
+        """Room for the counts of new routes, of which the kernel knows then."""
+        num_ranks = self.endpoint.num_ranks
+        with self.allocation():
+            counts = RouteCounts.allocate(self.topk_idx, num_ranks, self.request.routing.num_experts // num_ranks)
+        self.args.counts = counts.argument()
+        return counts
+
+    def launch(self, parts: Sequence[Part], reads: Tensors, writes: Tensors) -> None:
+        """Launch all parts. ``reads``, ``writes``: beside those of every launch."""
         payload, args = self.request.payload, self.args
         for part in parts:
             division = part.division
@@ -256,7 +268,6 @@ class Call:
                 reads=(payload.rows, payload.scales, self.weights, self.topk_idx, *reads),
                 writes=(self.request.stats, *writes),
                 meets_peers=division.num_send_blocks > 0 or self.request.in_place is not None,
-                stream=stream,
             )
 
     def end(self, inputs: Tensors, outputs: Tensors, kept: Kept | None = None) -> EventOverlap:
@@ -274,70 +285,128 @@ def run_dispatch(endpoint: Endpoint, request: DispatchRequest) -> DispatchResult
 
 
 def _find_routes(call: Call) -> DispatchResult:
-    """For exact sizes, the host waits while the first half sends and counts; then it launches the half that receives.
-
-    The first one is launched on the side stream: so the second, and what is allocated for it, are ordered as those of
-    any other call. All that does not take the counts is done before they come.
-    """
-    endpoint, request, order, args = call.endpoint, call.request, call.order, call.args
-    routing, topk_idx, num_ranks, planned = request.routing, call.topk_idx, endpoint.num_ranks, request.plan
-    num_topk, local_experts = topk_idx.shape[1], routing.num_experts // num_ranks
-    copies_idx = request.copy_topk_idx and topk_idx is routing.topk_idx
+    endpoint, request, order, args, topk_idx = call.endpoint, call.request, call.order, call.args, call.topk_idx
+    copies_idx = request.copy_topk_idx and topk_idx is request.routing.topk_idx
     with call.allocation():
         kept_idx = torch.empty_like(topk_idx) if copies_idx else topk_idx
         slots = torch.empty_like(topk_idx, dtype=torch.int32)
     args.slots = slots.data_ptr()
     args.kept_idx = kept_idx.data_ptr() if copies_idx else None
-    found = (slots, kept_idx) if copies_idx else (slots,)
-
-    sizes, selections, parts = planned.worst, list[int](), planned.whole
-    overlaps = request.exact_sizes and planned.halves_overlap
+    found = Found(slots, kept_idx, copies_idx, call.allocate_counts())
     with endpoint.breaking_on_error("dispatch", order):
-        with endpoint.side.beside(order.stream) if overlaps else NOTHING as side:
-            if request.exact_sizes:
-                args.host_words = endpoint.expect_counts()
-                call.launch(planned.halves[:1], (), found, side)
-                parts = planned.halves[1:]
-            with call.allocation():
-                counts = RouteCounts.allocate(topk_idx, num_ranks, local_experts)
-            args.counts = counts.argument()
-            order.wait_for(request.timing.previous_event_before_epilogue)
-            if request.exact_sizes:
-                tokens, selections = endpoint.wait_for_counts(local_experts)
-                selections = [layout.align(count, routing.alignment) for count in selections]
-                sizes = Sizes(tokens, sum(selections))
-            with call.allocation():
-                outputs = call.allocate(sizes)
-                metadata = topk_idx.new_empty((sizes.tokens, num_topk + 2), dtype=torch.int32)
-            args.received.metadata = metadata.data_ptr()
-            call.launch(parts, (), (*found, *counts, *outputs.tensors, metadata))
-        pieces = (kept_idx, slots, metadata, counts.per_rank)  # one tensor of each piece of memory
-        event = call.end((routing.topk_idx,), (*outputs.tensors, *pieces))
+        return (_counted if request.exact_sizes else _uncounted)(call, found)
 
-        handle = EPHandle(
-            do_expand=request.expand,
-            num_experts=routing.num_experts,
-            expert_alignment=routing.alignment,
-            num_max_tokens_per_rank=routing.max_tokens,
-            num_sms=request.num_sms,
-            told_num_sms=request.told_num_sms,
-            topk_idx=kept_idx,
-            num_recv_tokens=sizes.tokens,
-            num_expanded_tokens=sizes.expanded,
-            num_recv_tokens_per_expert_list=selections,
-            psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
-            psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
-            num_unaligned_recv_tokens_per_expert=counts.per_expert,
-            recv_src_metadata=metadata,
-            dst_buffer_slot_idx=slots,
-            per_expert_aligned=counts.per_expert_aligned,
-            per_expert_end=counts.per_expert_end,
-            number=counts.number,
-            group_ranks=endpoint.group_ranks,
-            rank=endpoint.rank,
-        )
-        handle.remember(order.keep(pieces))
-        return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+
+class Found(NamedTuple):
+    """What a dispatch with new routes finds out about this rank's tokens, and how many come."""
+
+    slots: torch.Tensor
+    kept_idx: torch.Tensor  # the selections
+    is_copied: bool  # or what was given
+    counts: RouteCounts
+
+    @property
+    def tensors(self) -> Tensors:
+        """Those that the kernel writes."""
+        return self.slots, self.kept_idx if self.is_copied else None, *self.counts
+
+
+def _uncounted(call: Call, found: Found) -> DispatchResult:
+    """There is room for all that may come."""
+    request, sizes = call.request, call.request.plan.worst
+    call.order.wait_for(request.timing.previous_event_before_epilogue)
+    outputs = call.allocate(sizes)
+    call.launch(request.plan.whole, (), (*found.tensors, *outputs.tensors))
+    return _wrap(call, found, outputs, _handle_of(call, found, outputs, sizes, []))
+
+
+def _counted(call: Call, found: Found) -> DispatchResult:
+    """For exact sizes, the host waits for the counts.
+
+    With room for what this rank expects, all is launched at once, and tensors shrink to what has come: so the device
+    does not wait for the host. Where that room does not do, or there was none, a second launch receives. Nobody can
+    queue anything behind before this returns, so the handle is made before the counts are there.
+    """
+    endpoint, request, args = call.endpoint, call.request, call.args
+    planned, routing, expand = request.plan, request.routing, request.expand
+    room, outputs = _make_room(call)
+    first, second = planned.apart
+    if room is not None and planned.together is not None:
+        first, second = planned.together
+        args.least.rows, args.least.expanded_rows = room.least
+    args.host_words = endpoint.host_counts.expect()
+    call.launch((first,), (), (*found.tensors, *(outputs.tensors if outputs is not None else ())))
+    handle = None if outputs is None or room is None else _handle_of(call, found, outputs, room.most, [])
+
+    told = endpoint.wait_for_counts(routing.num_experts // endpoint.num_ranks, routing.alignment)
+    sizes = Sizes(told.rows, told.num_selections)
+    planned.expected.note(sizes)
+    if handle is not None and outputs is not None and room is not None and room.holds(sizes):
+        outputs.shrink(sizes.tokens, sizes.expanded if expand else sizes.tokens)
+        handle.hold(sizes.tokens, sizes.expanded, told.selections.tolist())
+        return _wrap(call, found, outputs, handle)
+    handle = outputs = None  # what they had may serve at once: no stream is said to use it
+    outputs = call.allocate(sizes)
+    call.order.wait_for(request.timing.previous_event_before_epilogue)
+    args.host_words = None
+    call.launch((second,), (), (*found.tensors, *outputs.tensors))
+    return _wrap(call, found, outputs, _handle_of(call, found, outputs, sizes, told.selections.tolist()))
+
+
+def _wrap(call: Call, found: Found, outputs: Outputs, handle: EPHandle) -> DispatchResult:
+    """The end of the call, and its results."""
+    pieces = (
+        found.kept_idx,
+        found.slots,
+        handle.recv_src_metadata,
+        found.counts.per_rank,
+    )  # one of each piece of memory
+    event = call.end((call.request.routing.topk_idx,), (*outputs.without_metadata, *pieces))
+    handle.remember(call.order.keep(pieces))
+    return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event
+
+
+def _handle_of(call: Call, found: Found, outputs: Outputs, sizes: Sizes, selections: list[int]) -> EPHandle:
+    endpoint, request, counts = call.endpoint, call.request, found.counts
+    routing = request.routing
+    return EPHandle(
+        do_expand=request.expand,
+        num_experts=routing.num_experts,
+        expert_alignment=routing.alignment,
+        num_max_tokens_per_rank=routing.max_tokens,
+        num_sms=request.num_sms,
+        told_num_sms=request.told_num_sms,
+        topk_idx=found.kept_idx,
+        num_recv_tokens=sizes.tokens,
+        num_expanded_tokens=sizes.expanded,
+        num_recv_tokens_per_expert_list=selections,
+        psum_num_recv_tokens_per_scaleup_rank=counts.per_rank,
+        psum_num_recv_tokens_per_expert=counts.per_expert_end if request.expand else counts.per_expert_aligned,
+        num_unaligned_recv_tokens_per_expert=counts.per_expert,
+        recv_src_metadata=outputs.metadata,
+        dst_buffer_slot_idx=found.slots,
+        per_expert_aligned=counts.per_expert_aligned,
+        per_expert_end=counts.per_expert_end,
+        number=counts.number,
+        group_ranks=endpoint.group_ranks,
+        rank=endpoint.rank,
+    )
+
+
+def _make_room(call: Call) -> tuple[Room, Outputs] | tuple[None, None]:
+    """Memory for what is expected, if anything is, and if it may be written at once."""
+    request = call.request
+    if request.plan.together is None or is_recorded(request.timing.previous_event_before_epilogue):
+        return None, None
+    if request.col_major_scales:  # the number of rows decides where its columns lie
+        return None, None
+    room = request.plan.expected.room(request.expand)
+    if room is None:
+        return None, None
+    try:
+        return room, call.allocate(room.most)
+    except torch.OutOfMemoryError:  # for what really comes there may be enough
+        return None, None
 
 
 def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
@@ -345,13 +414,13 @@ def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:
     request, args, counts = call.request, call.args, RouteCounts.of(handle)
     args.slots = handle.dst_buffer_slot_idx.data_ptr()
     with call.endpoint.breaking_on_error("dispatch", call.order):
-        with call.allocation():
-            outputs = call.allocate(Sizes(handle.num_recv_tokens, handle.num_expanded_tokens))
+        sizes = Sizes(handle.num_recv_tokens, handle.num_expanded_tokens)
+        outputs = call.allocate(sizes)
         args.received.known_metadata = handle.recv_src_metadata.data_ptr()
         args.counts = counts.argument()
         call.order.wait_for(request.timing.previous_event_before_epilogue)
         known = (handle.dst_buffer_slot_idx, handle.recv_src_metadata, *counts)
-        call.launch(request.plan.whole, known, outputs.tensors)
-        event = call.end((), outputs.tensors, handle.kept)
+        call.launch(request.plan.whole, known, outputs.without_metadata)
+        event = call.end((), outputs.without_metadata, handle.kept)
     handle.turn_to(request.expand)
     return outputs.payload.as_given, outputs.topk_idx, outputs.weights, handle, event

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from deep_ep import environment, installation, jit, layout, plan, sm_model, validate
 from deep_ep.calls import dropped
 from deep_ep.calls.agreement import Settings, agree_to_build
+from deep_ep.calls.host_counts import HostCounts, Told
 from deep_ep.calls.owner import Owner
 from deep_ep.calls.registered import Registered
 from deep_ep.errors import EPError, EPTimeoutError, WaitReport
-from deep_ep.event import NOTHING, CallOrder, EventHandle, LastCall, SideStream, Timing, looking
+from deep_ep.event import NOTHING, CallOrder, EventHandle, LastCall, Timing, looking
 from deep_ep.handle import EPHandle
 from deep_ep.machine import Machine, open_machine, raise_together
 from deep_ep.machine.meeting import Limits
@@ -30,7 +31,6 @@ from deep_ep.waiting import Watch, notice_seconds
 
 logger = logging.getLogger("deep_ep")
 
-HOST_COUNTS = 2  # host words before the experts' counts: ready, rows
 BROKEN_SECONDS = 5.0  # how long ranks whose buffer is broken wait for each other before they give their memory back
 
 MAX_PLANS = 1024  # kept per endpoint
@@ -97,7 +97,6 @@ class Endpoint:
         self.registered = Registered(self.window.part(registered.offset, registered.num_bytes))
         self.device = self.machine.device
         machine = self.machine
-        self.side = SideStream(machine.comm_stream)
         self.speeds = sm_model.Speeds.of(self.environment.nvlink_gbs, machine.wire_gbs, machine.memory_gbs)
         self.enough_sms = sm_model.table(self.num_ranks, self.speeds, self.most_sms)
         self.shared_limit = self.machine.shared_bytes_per_block
@@ -116,7 +115,7 @@ class Endpoint:
             self.roles = plan.ROLES[self.machine.name]
             self.machine.prepare(all_kernels(self.machine.name, in_place))
             self._fault = self.machine.host_words(2 * FAULT_WORDS)
-            self._counts = self.machine.host_words(HOST_COUNTS + layout.MAX_EXPERTS // self.num_ranks)
+            self.host_counts = HostCounts(self.machine.host_words(HostCounts.num_words(self.num_ranks)))
         except Exception as caught:
             error = caught
         raise_together(error, self.machine.all_gather_object)
@@ -163,7 +162,8 @@ class Endpoint:
             self.launch(Launch(BARRIER, num_blocks=1, shared_bytes=0), args, order=order, reads=(), writes=())
             order.end((), ()).current_stream_wait()
             if host_waits and order.stream is not None:
-                self._wait_for_event(EventHandle.on(order.stream).event, "in a barrier")
+                event = EventHandle.on(order.stream).event
+                self._wait_until(lambda: event is None or event.query(), "in a barrier")  # type: ignore[no-untyped-call]
                 self._check_fault()
 
     def destroy(self) -> None:
@@ -270,9 +270,10 @@ class Endpoint:
 
     @contextlib.contextmanager
     def breaking_on_error(self, call: str, order: CallOrder) -> Iterator[None]:
-        """From a call's first launch until it has its results: what ends it in between (out of memory, Ctrl-C) leaves
-        counters that the next call would trip over, or this rank without what its peers have; what ends it before,
-        nothing. What kernels have recorded is raised at the end if they have ended, else by a later call."""
+        """From a call's first launch until it has its results: whatever ends it in between (out of memory, Ctrl-C)
+        leaves counters that the next call would trip over, or this rank without what its peers have. What ends it
+        before the first launch leaves nothing. Where kernels have ended by then, what they recorded is raised at the
+        end; else it is for a later call to find."""
         self._has_launched = False
         try:
             yield
@@ -311,12 +312,13 @@ class Endpoint:
         except Exception as error:
             logger.warning("rank %d: how a buffer's last call went cannot be seen: %s", self.rank, error)
 
-    def _wait_for_event(self, event: torch.cuda.Event | None, what: str) -> None:
-        watch = self._watch(what)
-        while event is not None and not event.query():  # type: ignore[no-untyped-call]
-            self._go_on_waiting(watch, what)
+    def wait_for_counts(self, local_experts: int, alignment: int) -> Told:
+        """What will arrive, once ``host_counts`` knows. Gives the GIL away if that takes long."""
+        with self.named("wait for counts"):
+            self._wait_until(self.host_counts.have_come, "for the counts of a dispatch")
+        return self.host_counts.read(local_experts, alignment)
 
-    def _watch(self, what: str) -> Watch:
+    def _wait_until(self, it_has_come: Callable[[], bool], what: str) -> None:
         self._waited_for.clear()
 
         def notice(seconds: float) -> None:
@@ -324,7 +326,9 @@ class Endpoint:
                 "rank %d has waited %.1f s %s; it gives up after %.1f s", self.rank, seconds, what, self._cpu_timeout
             )
 
-        return Watch(self._cpu_timeout, notice)
+        watch = Watch(self._cpu_timeout, notice)
+        while not it_has_come():
+            self._go_on_waiting(watch, what)
 
     def _go_on_waiting(self, watch: Watch, what: str) -> None:
         """Between two looks of the host at what it waits for."""
@@ -380,11 +384,11 @@ class Endpoint:
             plan = self.plans[make, shape] = make(self, shape)
         return plan
 
-    def num_sms(self, given: Any, kind: sm_model.Kind, num_topk: int) -> int:
+    def num_sms(self, given: Any, kind: sm_model.Kind, num_topk: int, num_tokens: int) -> int:
         """SMs of a call; 0 stands for the analytic choice."""
         num_sms = validate.is_count("num_sms", given, 0)
         if num_sms == 0:
-            return self.enough_sms[kind][num_topk]
+            return max(self.enough_sms[kind][num_topk], min(sm_model.of_few(kind, num_tokens), self.most_sms))
         if self.machine.name == "cuda":
             validate.is_count("num_sms", num_sms, 1, self.most_sms, "a call on this device takes no more")
         return num_sms
@@ -414,37 +418,16 @@ class Endpoint:
         reads: Tensors,
         writes: Tensors,
         meets_peers: bool = True,
-        stream: Any = None,
     ) -> None:
-        """Launch a call, or a part of it, on the call's stream or on ``stream``; see Machine.launch."""
+        """Launch a call, or a part of it; see Machine.launch."""
         self._has_launched = True
         self.machine.launch(
             launch.kernel,
             args,
             num_blocks=launch.num_blocks,
             shared_bytes=launch.shared_bytes,
-            stream=order.stream if stream is None else stream,
+            stream=order.stream,
             reads=reads,
             writes=writes,
             meets_peers=meets_peers,
         )
-
-    # Counts that come before the tokens
-
-    def expect_counts(self) -> int:
-        """Forget the last call's counts; returns the address to which a kernel writes this call's."""
-        self._counts.tensor.numpy()[0] = 0
-        return self._counts.address
-
-    def wait_for_counts(self, local_experts: int) -> tuple[int, list[int]]:
-        """Rows that will arrive, and selections of each local expert. Gives the GIL away if it waits long."""
-        with self.named("wait for counts"):
-            words = self._wait_for_counts()
-        return int(words[1]), words[HOST_COUNTS : HOST_COUNTS + local_experts].tolist()
-
-    def _wait_for_counts(self) -> Any:
-        words, what = self._counts.tensor.numpy(), "for the counts of a dispatch"
-        watch = self._watch(what)
-        while words[0] == 0:
-            self._go_on_waiting(watch, what)
-        return words

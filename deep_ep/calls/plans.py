@@ -1,4 +1,5 @@
-"""What follows from a call's shape alone: worked out once, and kept by the endpoint for all calls of that shape."""
+"""What follows from a call's shape alone: worked out once, and kept by the endpoint for all calls of that shape. With
+it goes what those calls have brought."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 from deep_ep import layout, plan
 from deep_ep.calls.endpoint import Endpoint, Launch
+from deep_ep.calls.expected import Expected
 from deep_ep.calls.received import Sizes
 from deep_ep.jit import Kernel
 from deep_ep.ops.arguments import PlanFlag, RecordShape, Routing
@@ -40,7 +42,7 @@ class DispatchShape(NamedTuple):
             PlanFlag.CACHED: self.has_handle,
             PlanFlag.SCALES: self.num_scales > 0,
             PlanFlag.IN_PLACE: self.in_place,
-            PlanFlag.HALVES: self.in_place and self.exact_sizes,
+            PlanFlag.CPU_SYNC: self.in_place and self.exact_sizes,
         }
         return sum(flag for flag, is_set in said.items() if is_set)
 
@@ -50,19 +52,21 @@ class Part(NamedTuple):
 
     launch: Launch
     division: plan.Division
-    num_blocks: int  # of all launches of the dispatch
+    num_blocks: int  # of all launches of the dispatch, or that there would be
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
     """How dispatches of one shape are launched."""
 
-    whole: list[Part]
-    """The launches of a call whose outputs are there: one, if there are blocks for both halves."""
-    halves: list[Part]
-    """The same where outputs have to wait for the counts: one launch for each half."""
-    halves_overlap: bool
-    """Whether the second may run beside the first: there are blocks for those who send and those who receive."""
+    whole: tuple[Part, ...]
+    """The launches of a call that has room for all that may come: one, if there are blocks to send and to receive."""
+    apart: tuple[Part, Part]
+    """The launches of a call that has no room yet: one that sends, counts and tells the host, and one that receives."""
+    together: tuple[Part, Part] | None
+    """Those of one that has room for what is expected: the first receives, too, and the second only if it could not."""
+    expected: Expected
+    """What calls of the shape have brought so far."""
     worst: Sizes
     """What comes if every rank sends all it may."""
     args: DispatchArgs
@@ -100,25 +104,34 @@ def plan_dispatch(endpoint: Endpoint, shape: DispatchShape) -> DispatchPlan:
         tables_bytes=memory.tables_bytes,
     )
     kernel = dispatch_kernel(roles, PlacesFrom.HANDLE if shape.has_handle else PlacesFrom.SELECTIONS, shape.in_place)
-    divisions: tuple[plan.Division, ...] = plan.ONE_BLOCK_HALVES
+    divisions: tuple[plan.Division, ...] = plan.ONE_BLOCK
     if shape.in_place:
         divisions = (roles.division_in_place(num_blocks, shape.num_tokens),)
     elif num_blocks > 1:
         divisions = (roles.division(num_blocks, shape.num_tokens, traffic, shape.has_handle),)
-    halves = divisions if len(divisions) > 1 else divisions[0].halves
-
+    first, receiving = divisions[0], plan.Division.receiving(num_blocks)
+    together = None
+    if len(divisions) == 1 and not shape.in_place:
+        together = _pair(kernel, memory.shared_bytes, first, receiving)
+    worst = Sizes.worst(shape.max_tokens, num_ranks, shape.num_topk, local_experts, shape.alignment)
     return DispatchPlan(
         whole=_parts(kernel, memory.shared_bytes, divisions),
-        halves=_parts(kernel, memory.shared_bytes, halves),
-        halves_overlap=halves[0].num_send_blocks + halves[1].num_blocks <= num_blocks,
-        worst=Sizes.worst(shape.max_tokens, num_ranks, shape.num_topk, local_experts, shape.alignment),
+        apart=_pair(kernel, memory.shared_bytes, first.without_receivers, receiving),
+        together=together,
+        expected=Expected(worst),
+        worst=worst,
         args=args,
     )
 
 
-def _parts(kernel: Kernel, shared_bytes: int, divisions: tuple[plan.Division, ...]) -> list[Part]:
+def _parts(kernel: Kernel, shared_bytes: int, divisions: tuple[plan.Division, ...]) -> tuple[Part, ...]:
     num_blocks = sum(each.num_blocks for each in divisions)
-    return [Part(Launch(kernel, each.num_blocks, shared_bytes), each, num_blocks) for each in divisions]
+    return tuple(Part(Launch(kernel, each.num_blocks, shared_bytes), each, num_blocks) for each in divisions)
+
+
+def _pair(kernel: Kernel, shared_bytes: int, first: plan.Division, second: plan.Division) -> tuple[Part, Part]:
+    one, other = _parts(kernel, shared_bytes, (first, second))
+    return one, other
 
 
 class CombineShape(NamedTuple):

@@ -68,34 +68,34 @@ class Outputs(NamedTuple):
     payload: Payload  # [rows, H]
     topk_idx: torch.Tensor | None  # [tokens, K]; None in the expanded layout
     weights: torch.Tensor | None  # float32: [tokens, K], or [rows] in the expanded layout
+    metadata: torch.Tensor | None  # int32: [tokens, K + 2]; None where a handle has it
 
-    @staticmethod
-    def allocate(
-        payload: Payload,
-        topk_idx: torch.Tensor,
-        weights: torch.Tensor | None,
-        sizes: Sizes,
-        *,
-        expand: bool,
-        col_major_scales: bool,
-    ) -> Outputs:
-        """Room for what comes of such tokens."""
-        rows, num_topk = sizes.expanded if expand else sizes.tokens, topk_idx.shape[1]
-        return Outputs(
-            payload.new_empty(rows, col_major_scales=col_major_scales),
-            None if expand else topk_idx.new_empty((rows, num_topk)),
-            None if weights is None else weights.new_empty(rows if expand else (rows, num_topk)),
-        )
+    @property
+    def without_metadata(self) -> Tensors:
+        return *self.payload, self.topk_idx, self.weights
 
     @property
     def tensors(self) -> Tensors:
-        return self.payload.rows, self.payload.scales, self.topk_idx, self.weights
+        return *self.without_metadata, self.metadata
 
     def tell(self, received: Received, sizes: Sizes) -> None:
-        """Set the kernel's arguments to where they are, but for metadata; the plan knows the layout."""
+        """Set the kernel's arguments to where they are; the plan knows the layout."""
         received.x = self.payload.rows.data_ptr()
         received.topk_idx = pointer(self.topk_idx)
         received.weights = pointer(self.weights)
+        received.metadata = pointer(self.metadata)
         received.rows, received.expanded_rows = sizes
         if self.payload.scales is not None:
             received.scales = Scales.of(self.payload.scales)
+
+    def shrink(self, tokens: int, rows: int) -> None:
+        """To the first ones, in place; the memory stays as large as it was. Scale factors are row-major."""
+        for tensor, count in (
+            (self.payload.rows, rows),
+            (self.payload.scales, rows),
+            (self.topk_idx, tokens),
+            (self.weights, rows),
+            (self.metadata, tokens),
+        ):
+            if tensor is not None:
+                tensor.resize_((count, *tensor.shape[1:]))

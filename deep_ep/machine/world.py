@@ -65,7 +65,6 @@ class Launch:
         shared_bytes: of dynamic shared memory a block.
         cluster_blocks: blocks of a cluster.
         in_order: it starts when the launch before it of the same rank has ended, as in a CUDA stream; else at once.
-        beside: in order, but together with that launch, as on a second stream; what comes next waits for both.
     """
 
     kernel: Path
@@ -77,7 +76,6 @@ class Launch:
     shared_bytes: int
     cluster_blocks: int = 1
     in_order: bool = False
-    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,8 +223,7 @@ class World:
             entry = launch.name if launch.name.startswith("deep_ep_") else f"deep_ep_{launch.name}"
             request += _text(os.fsencode(launch.kernel)) + _text(entry.encode()) + _text(launch.args)
             request += _pack(launch.rank, launch.num_blocks, launch.num_threads, launch.shared_bytes)
-            request += _pack(launch.cluster_blocks, (delays or {}).get(launch.rank, 0))
-            request += _pack(launch.in_order, launch.beside)
+            request += _pack(launch.cluster_blocks, (delays or {}).get(launch.rank, 0), launch.in_order)
         answer = self._ask(_Kind.LAUNCH, request, seed=seed)
         return Report(*struct.unpack("=QQ", answer[:16]))
 

@@ -141,7 +141,7 @@ class PlanFlag(enum.IntEnum):
     SCALES = 4
     EVERY_ROW = 8
     IN_PLACE = 16
-    HALVES = 32
+    CPU_SYNC = 32
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

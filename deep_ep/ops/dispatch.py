@@ -90,6 +90,10 @@ class Counts(ctypes.Structure):
     ]
 
 
+class Least(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_int32), ("expanded_rows", ctypes.c_int32)]
+
+
 class DispatchArgs(ctypes.Structure):
     _fields_ = [
         ("window", Window),
@@ -106,6 +110,7 @@ class DispatchArgs(ctypes.Structure):
         ("kept_idx", ctypes.c_void_p),
         ("stats", ctypes.c_void_p),
         ("host_words", ctypes.c_void_p),
+        ("least", Least),
         ("alignment", ctypes.c_int32),
         ("plan_flags", ctypes.c_int32),
         ("num_count_warps", ctypes.c_int32),

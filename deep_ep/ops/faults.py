@@ -44,7 +44,7 @@ FLAGS = {
     PlanFlag.SCALES: "scale factors",
     PlanFlag.EVERY_ROW: "expanded rows that are added in one step",
     PlanFlag.IN_PLACE: "zero_copy",
-    PlanFlag.HALVES: "do_cpu_sync",
+    PlanFlag.CPU_SYNC: "do_cpu_sync",
 }
 SIZES = ("num_experts", "num_max_tokens_per_rank", "bytes of a row", "bytes beside a row")
 ROUTES = len(SIZES) + 1  # the word behind those

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 import deep_ep
+from deep_ep.calls.received import Sizes
 from tests import oracle
-from tests.elastic import choices, combines, covering, registered
+from tests.elastic import choices, combines, covering, registered, rooms
 from tests.elastic.combines import Combine
 from tests.elastic.dispatches import Dispatch, Options, check_handle
 
@@ -144,18 +145,19 @@ class Trip:
         mine = self.expected[self.rank]
         allocated = len(mine.tokens) if case.exact_sizes else num_ranks * max_tokens
         expanded = len(mine.expanded) if case.exact_sizes else mine.worst_case_rows
-        self.dispatch = Dispatch(
-            options,
-            self.inputs,
-            mine,
-            buffer,
-            device,
-            expanded if options.do_expand else allocated,
-            num_experts=case.num_experts,
-            num_max_tokens_per_rank=None if by_buffer else max_tokens,
-            do_handle_copy=case.do_handle_copy,
-            **self._said_of_any_dispatch(),
-        )
+        with rooms.drawn(f"{case.seed} {self.rank}", Sizes(len(mine.tokens), len(mine.expanded))):
+            self.dispatch = Dispatch(
+                options,
+                self.inputs,
+                mine,
+                buffer,
+                device,
+                expanded if options.do_expand else allocated,
+                num_experts=case.num_experts,
+                num_max_tokens_per_rank=None if by_buffer else max_tokens,
+                do_handle_copy=case.do_handle_copy,
+                **self._said_of_any_dispatch(),
+            )
         handle = self.dispatch.handle
         assert (handle.num_recv_tokens, handle.num_expanded_tokens) == (allocated, expanded)
         assert handle.do_expand == options.do_expand

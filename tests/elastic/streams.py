@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 
 from deep_ep import ElasticBuffer, EPError, EventOverlap
+from deep_ep.calls.expected import FEW_MORE_ROWS
+from deep_ep.utils import per_token_cast_to_fp8
 from tests.elastic import cases, ways
 from tests.elastic.replays import Trip, Verdicts, plain
 from tests.elastic.scenes import SOON, Job, play
@@ -279,6 +281,41 @@ def waits_of(job: Job) -> tuple[Callable[[ElasticBuffer], Any], ...]:
     return lambda buffer: ways.dispatch(buffer, job.device), lambda buffer: buffer.barrier(with_cpu_sync=True)
 
 
+def sizes_that_are_expected(job: Job) -> None:
+    """The second dispatch that brings as much as the first has room before it is launched; nothing else changes, but
+    for the memory behind what it returns, which is hardly more."""
+    buffer = job.build()
+    x8 = per_token_cast_to_fp8(ways.tokens(buffer, job.device))
+    for alignment, arguments in enumerate(
+        (
+            {},
+            {"do_expand": True, "do_zero_padding": True},
+            {"x": x8},
+            {"x": x8, "do_expand": True, "do_zero_padding": True, "async_with_compute_stream": True},
+            {"async_with_compute_stream": True, "allocate_on_comm_stream": True},
+        ),
+        start=4,  # shapes of their own: nothing is expected at first
+    ):
+        results = []
+        for _ in range(3):
+            received, idx, weights, handle, event = ways.dispatch(
+                buffer, job.device, expert_alignment=alignment, **arguments
+            )
+            event.current_stream_wait()
+            rows = received if isinstance(received, tuple) else (received,)
+            counts = (handle.num_recv_tokens, handle.num_expanded_tokens, handle.num_recv_tokens_per_expert_list)
+            results.append(([*rows, idx, weights, handle.recv_src_metadata], counts))
+            with_room = rows[0].untyped_storage().nbytes() // (rows[0].shape[1] * rows[0].element_size())
+            assert with_room == len(rows[0]) + (FEW_MORE_ROWS if len(results) > 1 else 0)
+        for tensors, counts in results[1:]:
+            assert counts == results[0][1]
+            for got, expected in zip(tensors, results[0][0], strict=True):
+                if expected is not None:
+                    ways.same(got, expected)
+                    assert got.is_contiguous()
+    buffer.destroy()
+
+
 def other_threads_while_the_host_waits(job: Job) -> None:
     """They go on: whoever waits for a late rank does not hold the interpreter."""
     buffer = job.build()
@@ -331,6 +368,7 @@ SCENES: tuple[Callable[[Job], None], ...] = (
     what_a_call_waits_for,
     selections_that_come_late,
     memory_that_is_given_back,
+    sizes_that_are_expected,
     other_threads_while_the_host_waits,
     ctrl_c_while_the_host_waits,
 )

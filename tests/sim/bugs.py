@@ -25,7 +25,7 @@ class Bug:
         num_tokens: that a rank sends at least; what shows late needs many.
         num_sms: of every call, at most.
         combining: the layout in which it shows; in place, dispatches are so too.
-        in_halves: dispatches are launched in halves that run beside each other.
+        do_cpu_sync: of all dispatches; the room that they make is drawn (tests/elastic/rooms.py).
         stories: which are told: round trips, and all that is said above goes for these; barriers, or mishaps.
         num_seeds: within which it must be noticed.
         race_detector: whether it takes one; without, a seed takes a fifth of the time.
@@ -41,7 +41,7 @@ class Bug:
     num_tokens: int = 3
     num_sms: int = 3
     combining: combines.Options = combines.PLAIN
-    in_halves: bool = False
+    do_cpu_sync: bool = False
     stories: str = "trips"
     num_seeds: int = MAX_SEEDS
     race_detector: bool = True
@@ -160,8 +160,8 @@ BUGS = (
     Bug("mailbox-filled-again-too-soon", "phases/announce.cuh", "if (handed_over_ > 0) device::mbarrier_wait",
         "if (false) device::mbarrier_wait", RACE, num_tokens=MANY_TOKENS),
     Bug("dispatch-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n", "", "", times=2),
-    Bug("recall-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n  const bool good",
-        "  const bool good", RACE),
+    Bug("recall-without-sync", "kernels/dispatch.cuh", "  device::sync_block();\n  // Nothing is taken back",
+        "  // Nothing is taken back", RACE),
     Bug("counting-without-sync", "wire/blocks.cuh", "device::sync_named(1, num_counting_threads());", "", RACE),
     Bug("collect-without-sync", "phases/collect.cuh", "  device::sync_warp();\n\n", "", RACE),
     # Places.
@@ -218,8 +218,8 @@ BUGS = (
         "known.per_expert_aligned[e] - known.per_expert[e];", "differs", race_detector=False),
     Bug("report-counts-of-one-source", "phases/report.cuh", "out.per_expert_end[e] = start + count;",
         "out.per_expert_end[e] = tables.expert_row[experts_per_rank + e];", "differs", race_detector=False),
-    Bug("statistics-by-every-block", "kernels/dispatch.cuh", "if (receiver && good && receivers.own() == 0) {",
-        "if (receiver && good) {", "", num_sms=TWO_SENDERS),
+    Bug("statistics-by-every-block", "kernels/dispatch.cuh", "if (receives && receivers.own() == 0) {",
+        "if (receives) {", "", num_sms=TWO_SENDERS),
     Bug("one-unused-row-unsaid", "phases/blank.cuh", "int64_t(used_rows) * columns + thread",
         "int64_t(used_rows + 1) * columns + thread", "", race_detector=False),
     Bug("rows-of-the-column-before", "phases/results.cuh", "(num_topk + 2) + 2 + k]", "(num_topk + 2) + 1 + k]", "",
@@ -250,11 +250,26 @@ BUGS = (
     Bug("drained-relaxed", "phases/retire.cuh", "store_release_sys", "store_relaxed_sys", RACE, times=2),
     Bug("blocks-done-relaxed", "phases/retire.cuh", "fetch_add_acq_rel_gpu", "fetch_add_relaxed_gpu", RACE),
     Bug("retire-without-sync", "phases/retire.cuh", "  device::sync_block();\n", "", RACE),
-    Bug("retire-with-half-of-the-blocks", "kernels/dispatch.cuh", "a.patience, a.num_blocks, num_ended",
-        "a.patience, device::num_blocks(), num_ended", "", in_halves=True, race_detector=False),
-    Bug("retire-when-all-have-received", "kernels/dispatch.cuh",
-        "  retire<C.in_place>(a.window, epoch, a.patience, a.num_blocks, num_ended(a, reports, tables));\n",
-        "  if (receiver) retire<C.in_place>(a.window, epoch, a.patience, receivers.count);\n", "", in_halves=True),
+    Bug("receive-without-room", "kernels/dispatch.cuh", "receives = receiver && good && can;",
+        "receives = receiver && good;", "", do_cpu_sync=True, race_detector=False),
+    Bug("receive-with-nobody", "kernels/dispatch.cuh", "return a.num_receive_blocks > 0 &&", "return", "",
+        do_cpu_sync=True, race_detector=False),
+    Bug("room-for-tokens-alone", "phases/room.cuh", "expanded_rows <= most.expanded_rows", "true", "",
+        do_cpu_sync=True, race_detector=False),
+    Bug("room-for-expanded-rows-alone", "phases/room.cuh", "rows <= most.rows", "true", "",
+        do_cpu_sync=True, race_detector=False),
+    Bug("any-room-for-few-tokens", "phases/room.cuh", "least.rows <= rows", "true", "", do_cpu_sync=True,
+        race_detector=False),
+    Bug("any-room-for-few-expanded-rows", "phases/room.cuh", "least.expanded_rows <= expanded_rows", "true", "",
+        do_cpu_sync=True, race_detector=False),
+    Bug("room-without-padding", "phases/room.cuh", "align_up(tables.coming[last], alignment)", "tables.coming[last]",
+        "", do_cpu_sync=True, race_detector=False),
+    Bug("wait-for-receivers-that-nobody-needs", "kernels/dispatch.cuh", "reports && (can || !learned)",
+        "reports && !learned", "", do_cpu_sync=True, race_detector=False),
+    Bug("retire-before-anything-was-received", "kernels/dispatch.cuh", "reports && (can || !learned)", "reports", "",
+        do_cpu_sync=True, race_detector=False),
+    Bug("retire-with-the-blocks-of-one-launch", "kernels/dispatch.cuh", "a.patience, a.num_blocks, 1 + num_others",
+        "a.patience, device::num_blocks(), 1 + num_others", "", do_cpu_sync=True, race_detector=False),
     Bug("same-epoch-again", "phases/retire.cuh", "    device::store_relaxed_gpu(&own.epoch, epoch);\n", "", ""),
     Bug("claims-not-reset", "phases/retire.cuh", "device::store_relaxed_gpu(&claimed, 0u);",
         "static_cast<void>(claimed);", ""),

@@ -77,7 +77,7 @@ class Call:
             *(["scale factors"] if self.num_scales else []),
             *([] if self.multiple_reduction else ["expanded rows that are added in one step"]),
             *(["zero_copy"] if self.zero_copy else []),
-            *(["do_cpu_sync"] if self.in_halves and self.has_cpu_sync(do_cpu_sync) else []),
+            *(["do_cpu_sync"] if self.says_cpu_sync and self.has_cpu_sync(do_cpu_sync) else []),
         ]
         return f"{self.operation} ({', '.join(said)})"
 
@@ -89,7 +89,7 @@ class Call:
         return Record.of_dispatch(self.hidden * (1 if self.num_scales else 2), self.num_scales).num_bytes
 
     @property
-    def in_halves(self) -> bool:
+    def says_cpu_sync(self) -> bool:
         """Whether peers must know if it waits for counts."""
         return self.zero_copy and self.operation == "dispatch" and not self.cached
 
@@ -110,7 +110,7 @@ USUALS = {
     "cached": Call(cached=True),
     "cached fp8": Call(cached=True, num_scales=4),
     "in place": Call(zero_copy=True, waits=False),
-    "fp8 in place, in halves": Call(num_scales=4, zero_copy=True, waits=True),
+    "fp8 in place, CPU sync": Call(num_scales=4, zero_copy=True, waits=True),
     "cached in place": Call(cached=True, zero_copy=True),
     "combine": Call("combine"),
     "combine in place": Call("combine", zero_copy=True),
@@ -145,7 +145,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
 OF_ANY_OPERATION = ("a dispatch", "a combine", "a barrier", "nothing")
 OF_NEW_ROUTES = ("fewer tokens", "more tokens", "selections", "experts", "a handle")
 OF_DISPATCHES = ("longer rows", "no weights", "other rows", "no scales", "rows in place", "rows that are sent")
-OF_DISPATCHES_IN_HALVES = ("CPU sync", "no CPU sync")
+OF_DISPATCHES_THAT_SAY_CPU_SYNC = ("CPU sync", "no CPU sync")
 OF_COMBINES = ("longer rows", "no weights", "another handle", "rows in place", "rows that are sent")
 OF_COMBINES_THAT_SEND = ("one by one", "added first")
 
@@ -159,7 +159,7 @@ def pairs() -> list[tuple[str, str]]:
             differences += OF_COMBINES + (() if usual.zero_copy else OF_COMBINES_THAT_SEND)
         elif usual.operation == "dispatch":
             differences += OF_DISPATCHES + (("no handle", "another handle") if usual.cached else OF_NEW_ROUTES)
-            differences += OF_DISPATCHES_IN_HALVES if usual.in_halves else ()
+            differences += OF_DISPATCHES_THAT_SAY_CPU_SYNC if usual.says_cpu_sync else ()
         plan = (usual.in_words(), usual.sizes(1), usual.routes)
         for difference in differences:
             odd = replace(usual, **DIFFERENCES[difference])

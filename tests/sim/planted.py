@@ -66,7 +66,7 @@ def _patch(include: Path, name: str, file: str, old: str, new: str, times: int) 
     path.write_text(text.replace(old, new))
 
 
-def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms: int, in_halves: bool) -> swarm.Story:
+def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms: int, do_cpu_sync: bool) -> swarm.Story:
     """Short, and with everything in it that a bug may need: peers, several blocks, several operations under way."""
     r = random.Random(seed)
     in_place = combining.zero_copy
@@ -79,9 +79,9 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
             hidden=(hidden := 8 * r.choice([1, 8, 32])),
             num_topk=8 if many_rows else r.choice([2, 3]),
             num_experts=(8 if many_rows else 2) * NUM_RANKS,
-            kind="random",
+            kind="masked" if do_cpu_sync and seed % 4 == 3 else "random",
             alignment=r.choice([1, 4]),
-            do_cpu_sync=False,
+            do_cpu_sync=do_cpu_sync,
             with_weights=True,
             num_biases=idx % 2,
             num_sms=num_sms - (seed + 1) % 2,
@@ -112,7 +112,6 @@ def draw_story(seed: int, num_tokens: int, combining: combines.Options, num_sms:
         longest=swarm.SHORT,
         cases=drawn,
         num_overlapping=len(drawn),
-        halving=frozenset(range(NUM_RANKS) if in_halves else ()),
     )
 
 
@@ -121,7 +120,7 @@ def find_error(
     num_tokens: int,
     combining: combines.Options = combines.PLAIN,
     num_sms: int = 3,
-    in_halves: bool = False,
+    do_cpu_sync: bool = False,
     num_seeds: int = MAX_SEEDS,
 ) -> tuple[int, str]:
     """Tell stories until one goes wrong.
@@ -131,7 +130,7 @@ def find_error(
     """
 
     def tell(seed: int, world: World, toolchain: jit.Gxx) -> None:
-        swarm.tell(draw_story(seed, num_tokens, combining, num_sms, in_halves), world, toolchain)
+        swarm.tell(draw_story(seed, num_tokens, combining, num_sms, do_cpu_sync), world, toolchain)
 
     return find_error_in(tell, toolchain, num_seeds)
 
@@ -166,7 +165,7 @@ def plant(bug: Bug | None) -> tuple[int, str]:
             return find_error(toolchain, MANY_TOKENS)
         if bug.stories in OTHER_STORIES:
             return find_error_in(OTHER_STORIES[bug.stories], toolchain, bug.num_seeds)
-        return find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, bug.in_halves, bug.num_seeds)
+        return find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, bug.do_cpu_sync, bug.num_seeds)
 
 
 def summary(text: str) -> str:

@@ -21,8 +21,6 @@ from torch.distributed import distributed_c10d
 
 import deep_ep
 from deep_ep import jit, plan
-from deep_ep.calls import dispatch, plans
-from deep_ep.calls.endpoint import Endpoint
 from deep_ep.errors import EPError
 from deep_ep.machine import simulated
 from deep_ep.machine.relocation import Request, pack, redirect
@@ -85,7 +83,6 @@ class Settings:
         num_sms: blocks that each rank's launches have at most; they may differ.
         delays: virtual nanoseconds by which each kernel of a rank starts late.
         patience: what becomes of waits when nothing can move any more (World.launch).
-        halving: ranks that launch dispatches in halves, also where the host does not wait; so the halves run together.
     """
 
     toolchain: jit.Gxx
@@ -93,13 +90,6 @@ class Settings:
     num_sms: tuple[int, ...]
     delays: Mapping[int, int]
     patience: Literal["report", "expire"] = "report"
-    halving: frozenset[int] = frozenset()
-
-    def plan_dispatch(self, endpoint: Endpoint, shape: plans.DispatchShape) -> plans.DispatchPlan:
-        """Takes the place of what the package plans."""
-        planned = plans.plan_dispatch(endpoint, shape)
-        halves = endpoint.rank in self.halving and not shape.has_handle
-        return replace(planned, whole=planned.halves) if halves else planned
 
 
 @dataclass(frozen=True)
@@ -110,9 +100,8 @@ class Queued:
     args: ctypes.Structure
     num_blocks: int
     shared_bytes: int
-    reads: Sequence[torch.Tensor]
-    writes: Sequence[torch.Tensor]
-    beside: bool  # the one before it
+    reads: Sequence[torch.Tensor | None]
+    writes: Sequence[torch.Tensor | None]
 
 
 class Words:
@@ -174,20 +163,14 @@ class ThreadMachine:
         num_blocks: int,
         shared_bytes: int,
         stream: Any,
-        reads: Sequence[torch.Tensor],
-        writes: Sequence[torch.Tensor],
+        reads: Sequence[torch.Tensor | None],
+        writes: Sequence[torch.Tensor | None],
         meets_peers: bool = True,
     ) -> None:
-        own_args = type(args).from_buffer_copy(args)  # the caller may change its own for the next launch
-        beside = bool(self.queue) and num_blocks + self._still_sending(self.queue[-1]) <= self.num_sms
-        self.queue.append(Queued(kernel, own_args, num_blocks, shared_bytes, reads, writes, beside))
-
-    def _still_sending(self, queued: Queued) -> int:
-        """Blocks that keep their SMs while the launch after it may run already: only in the first half of a dispatch
-        some leave before."""
-        args = queued.args
-        is_half = queued.kernel.name == "dispatch" and args.num_receive_blocks == 0
-        return args.num_send_blocks if is_half and args.first_count_block == args.num_send_blocks else self.num_sms
+        # The caller may change its own for the next launch, and shrink its tensors.
+        own_args = type(args).from_buffer_copy(args)
+        own_reads, own_writes = ([None if each is None else each.detach() for each in some] for some in (reads, writes))
+        self.queue.append(Queued(kernel, own_args, num_blocks, shared_bytes, own_reads, own_writes))
 
     def run(self) -> None:
         """Run what is queued, on all ranks. Collective."""
@@ -252,7 +235,6 @@ class Ranks:
                 num_threads=queued.kernel.num_threads,
                 shared_bytes=queued.shared_bytes,
                 in_order=idx > 0,
-                beside=queued.beside,
             )
             for guest, stream in zip(guests, streams, strict=True)
             for idx, (queued, request) in enumerate(stream)
@@ -290,7 +272,6 @@ class Ranks:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(simulated, "SimulatedMachine", lambda group, environment, limits: ThreadMachine(group, self))
             patch.setitem(plan.ROLES, "simulated", roles)
-            patch.setattr(dispatch, "plan_dispatch", self.settings.plan_dispatch)
             for thread in threads:
                 thread.start()
             for thread in threads:

@@ -97,7 +97,6 @@ class Story:
         longest: values of a row, at most.
         cases: round trips, one after the other on the same buffer.
         num_overlapping: so many of the last ones are all under way before the first of them is checked.
-        halving: ranks whose dispatches are launched in halves that run beside each other.
     """
 
     seed: int
@@ -109,7 +108,6 @@ class Story:
     longest: int
     cases: tuple[cases.Case, ...]
     num_overlapping: int
-    halving: frozenset[int] = frozenset()
 
     @staticmethod
     def draw(seed: int, race: bool) -> Story:
@@ -145,7 +143,6 @@ class Story:
             longest=longest,
             cases=drawn,
             num_overlapping=r.choice([0, len(drawn), r.randint(0, len(drawn))]),
-            halving=frozenset(rank for rank in range(num_ranks) if r.random() < 0.5),
         )
 
 
@@ -179,7 +176,7 @@ def shared_oracle() -> Iterator[None]:
 
 def tell(story: Story, world: World, toolchain: jit.Gxx) -> int:
     """Run a story; returns the steps that its simulations took. Raises AssertionError or SimulationError."""
-    settings = Settings(toolchain, story.seed << 16, story.num_sms, story.delays, halving=story.halving)
+    settings = Settings(toolchain, story.seed << 16, story.num_sms, story.delays)
     ranks = Ranks(world, story.num_ranks, settings)
 
     def program(group: Group) -> None:

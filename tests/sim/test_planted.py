@@ -30,21 +30,21 @@ def test_is_noticed(bug: bugs.Bug) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "combining", "num_sms", "in_halves"),
-    dict.fromkeys((bug.num_tokens, bug.combining, bug.num_sms, bug.in_halves) for bug in bugs.BUGS),
+    ("num_tokens", "combining", "num_sms", "do_cpu_sync"),
+    dict.fromkeys((bug.num_tokens, bug.combining, bug.num_sms, bug.do_cpu_sync) for bug in bugs.BUGS),
 )
 def test_nothing_is_noticed_where_nothing_is_planted(
-    tmp_path: Path, num_tokens: int, combining: combines.Options, num_sms: int, in_halves: bool
+    tmp_path: Path, num_tokens: int, combining: combines.Options, num_sms: int, do_cpu_sync: bool
 ) -> None:
     toolchain = planted.patched_toolchain(tmp_path, None)
-    found = planted.find_error(toolchain, num_tokens, combining, num_sms, in_halves, NUM_CONTROLS)
+    found = planted.find_error(toolchain, num_tokens, combining, num_sms, do_cpu_sync, NUM_CONTROLS)
     assert found == (NUM_CONTROLS, "")
 
 
 @pytest.mark.parametrize("bug", [bug for bug in bugs.BUGS if bug.beside], ids=lambda bug: bug.name)
 def test_what_makes_a_bug_show_is_none(tmp_path: Path, bug: bugs.Bug) -> None:
     toolchain = planted.patched_toolchain(tmp_path, replace(bug, new=bug.old))
-    found = planted.find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, bug.in_halves, NUM_CONTROLS)
+    found = planted.find_error(toolchain, bug.num_tokens, bug.combining, bug.num_sms, bug.do_cpu_sync, NUM_CONTROLS)
     assert found == (NUM_CONTROLS, "")
 
 
@@ -55,22 +55,6 @@ def test_labels_may_come_late(tmp_path: Path, race: bool) -> None:
     toolchain = planted.patched_toolchain(tmp_path, replace(late, new=late.old, race_detector=race))
     for seed in range(NUM_CONTROLS):
         swarm.run_seed(seed, race, toolchain)
-
-
-@pytest.mark.parametrize("in_halves", [False, True])
-def test_halves_run_beside_each_other(tmp_path: Path, in_halves: bool) -> None:
-    """Senders that wait for the receivers to be there go on, in one launch or in two."""
-    before = "  if constexpr (!C.in_place) {\n    if (sender"
-    wait = (
-        "  uint32_t* here = &control(a.window, a.window.rank).reserved[0];\n"
-        "  if (receiver && device::thread_idx() == 0) device::store_relaxed_gpu(here, epoch);\n"
-        "  if (sender) device::wait_until_equals(a.patience, {.phase = phase::kAgree, .peer = 0, .expected = epoch},\n"
-        "                                        [&] { return device::load_relaxed_gpu(here); });\n"
-    )
-    waiting = bugs.Bug("none", "kernels/dispatch.cuh", before, wait + before, "", race_detector=False)
-    toolchain = planted.patched_toolchain(tmp_path, waiting)
-    found = planted.find_error(toolchain, 3, in_halves=in_halves, num_seeds=NUM_CONTROLS)
-    assert found == (NUM_CONTROLS, "")
 
 
 def test_every_phase_has_a_bug() -> None:

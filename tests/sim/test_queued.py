@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 
 import deep_ep
 from deep_ep import EPError, EPTimeoutError, jit
+from deep_ep.calls.expected import Expected, Room
+from deep_ep.calls.received import Sizes
 from deep_ep.machine.world import World
 from tests.sim import bugs, planted
 from tests.sim.ranks import Buffer, Group, Ranks, Settings
@@ -91,8 +94,8 @@ def test_only_the_failure_is_told(expanded: bool, second_comes: bool) -> None:
 
 @pytest.mark.parametrize("num_sms", [1, 3])
 @pytest.mark.parametrize("zero_copy", [False, True])
-def test_the_operation_ends_without_the_half_that_is_not_launched(num_sms: int, zero_copy: bool) -> None:
-    """Where no counts come, the host launches no second half; a graph's replays must find the buffer broken all the
+def test_the_operation_ends_without_the_launch_that_does_not_come(num_sms: int, zero_copy: bool) -> None:
+    """Where no counts come, the host launches no receivers; a graph's replays must find the buffer broken all the
     same."""
     words: list[int] = []
 
@@ -114,6 +117,41 @@ def test_the_operation_ends_without_the_half_that_is_not_launched(num_sms: int, 
     epoch, blocks_done, *_, broken = words
     assert (epoch, blocks_done) == (1, 0)
     assert broken
+
+
+ALL = Sizes(2 * TOKENS, 4 * TOKENS)
+ROOMS = {"none": None, "enough": Room(ALL, Sizes(0, 0)), "too little": Room(Sizes(1, 1), Sizes(0, 0))}
+
+
+@pytest.mark.parametrize("num_sms", [1, 3])
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_operation_ends_once_though_nothing_comes_after_the_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str, expanded: bool, num_sms: int
+) -> None:
+    """Whether those who wait for rows in vain are of the first launch or of a second one."""
+    windows: list[int] = []
+    no_marks = bugs.Bug("no-marks", "phases/announce.cuh", "if (slot_of_lane >= 0)", "if (false)", "")
+    monkeypatch.setattr(Expected, "room", lambda self, expand: ROOMS[room])
+
+    def program(group: Group) -> None:
+        buffer = Buffer(group, num_max_tokens_per_rank=24, hidden=HIDDEN, num_gpu_timeout_secs=7)
+        x = torch.ones(TOKENS, HIDDEN, dtype=torch.bfloat16)
+        idx = (torch.arange(2 * TOKENS).reshape(TOKENS, 2) % EXPERTS).to(deep_ep.topk_idx_t)
+        buffer.dispatch(x, topk_idx=idx, num_experts=EXPERTS, do_expand=expanded)
+        buffer.run()
+        with pytest.raises(EPTimeoutError, match=r"rank \d waited"):
+            buffer.get_comm_stream()
+        windows.append(group.machine._windows[0].addresses[group.rank()])
+
+    with World() as world:
+        toolchain = planted.patched_toolchain(tmp_path, replace(no_marks, race_detector=False))
+        Ranks(world, 2, Settings(toolchain, 1 << 16, (num_sms,) * 2, {}, "expire")).run(ROLES[0], program)
+        words = [struct.unpack("=6I", world.read(window, 24)) for window in windows]
+    assert len(words) == 2
+    for epoch, blocks_done, *_, broken in words:
+        assert (epoch, blocks_done) == (1, 0)
+        assert broken
 
 
 @pytest.mark.usefixtures("_fresh_memory")

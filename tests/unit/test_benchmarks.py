@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
@@ -144,9 +145,14 @@ def sweep(times: dict[int, float], **changes: Any) -> list[list[Reading]]:
     return [both(reading(median, sms=sms, **changes)) for sms, median in times.items()]
 
 
+def told(sms: dict[str, int]) -> Callable[[str, int], int]:
+    """Choices by the name of a call, for any number of tokens."""
+    return lambda name, tokens: sms[name]
+
+
 def test_model_within_a_sweep() -> None:
     flat = {8: 300.0, 16: 170.0, 22: 120.0, 24: 118.0, 48: 116.0}
-    verdict = gate.check_model([*sweep(flat), *RUN[2:]], {"dispatch": 22, "combine": 4, "barrier": 1}, 0.05)
+    verdict = gate.check_model([*sweep(flat), *RUN[2:]], told({"dispatch": 22, "combine": 4, "barrier": 1}), 0.05)
     assert verdict.failures == []
     assert verdict.notes == [
         "dispatch | 4096 tokens, eager: 121.2 us with the model's 22 SMs, 3% above the best of the sweep (117.2 with "
@@ -157,7 +163,7 @@ def test_model_within_a_sweep() -> None:
 def test_model_outside_of_a_sweep() -> None:
     """Too few SMs fail, and so do too many where more are slower; each call and batch is judged by itself."""
     steep, hump = {16: 176.0, 22: 140.0, 32: 115.0, 48: 112.0}, {16: 95.0, 22: 120.0, 32: 130.0, 48: 140.0}
-    verdict = gate.check_model([*sweep(steep), *sweep(hump, tokens=128)], {"dispatch": 22}, 0.05)
+    verdict = gate.check_model([*sweep(steep), *sweep(hump, tokens=128)], told({"dispatch": 22}), 0.05)
     assert [line.split(":")[0] for line in verdict.failures] == [
         "dispatch | 4096 tokens, eager",
         "dispatch | 128 tokens, eager",
@@ -168,7 +174,7 @@ def test_model_outside_of_a_sweep() -> None:
 def test_each_call_has_its_own_choice() -> None:
     steep = {16: 176.0, 22: 140.0, 32: 115.0, 48: 112.0}
     run = [*sweep(steep), *sweep(steep, name="combine")]
-    verdict = gate.check_model(run, {"dispatch": 32, "combine": 22}, 0.05)
+    verdict = gate.check_model(run, told({"dispatch": 32, "combine": 22}), 0.05)
     assert [line.split(":")[0] for line in verdict.failures] == ["combine | 4096 tokens, eager"]
     assert [line.split(":")[0] for line in verdict.notes] == ["dispatch | 4096 tokens, eager"]
 
@@ -181,9 +187,9 @@ def test_fit() -> None:
 
 
 def test_model_that_was_not_measured() -> None:
-    (line,) = gate.check_model(sweep({16: 176.0, 24: 150.0}), {"dispatch": 22}, 0.05).failures
+    (line,) = gate.check_model(sweep({16: 176.0, 24: 150.0}), told({"dispatch": 22}), 0.05).failures
     assert "the model's 22 SMs are not in the sweep" in line
-    (line,) = gate.check_model(RUN[2:], {"dispatch": 22, "combine": 22}, 0.05).failures
+    (line,) = gate.check_model(RUN[2:], told({"dispatch": 22, "combine": 22}), 0.05).failures
     assert "nothing was swept" in line
 
 
@@ -258,7 +264,7 @@ def run(buffer: ElasticBuffer, *options: str, stopwatch: Any = None) -> tuple[Re
     arguments = ep.parse([*SMALL, *options])
     report = Report(ep.title(arguments, buffer, CEILINGS), ep.facts(arguments, buffer, CEILINGS))
     ep.measure(arguments, report, buffer, stopwatch or MadeUpTimes(), CEILINGS, torch.device("cpu"))
-    return report, ep.finish(arguments, report, ep.choices(buffer, arguments.topk))
+    return report, ep.finish(arguments, report, functools.partial(ep.choice, buffer, arguments.topk))
 
 
 def test_a_whole_run(calls: None, buffer: ElasticBuffer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

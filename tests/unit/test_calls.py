@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import deep_ep
-from deep_ep import ElasticBuffer, autograd, layout, sm_model
+from deep_ep import ElasticBuffer, EventHandle, EventOverlap, autograd, layout, sm_model
+from deep_ep.calls.expected import NO_LIMIT, least_of
+from deep_ep.calls.payload import Payload
 from deep_ep.ops.dispatch import DispatchArgs
 from deep_ep.sm_model import Kind
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
@@ -32,43 +36,124 @@ def test_buffers_of_the_same_ranks_have_different_numbers(
 
 
 def test_exact_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
-    """Senders report the counts, the host allocates, receivers fill."""
+    """Senders and counters report the counts, the host allocates, and then all receive."""
     machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
     handle = dispatch(buffer, num_sms=4, expert_alignment=4)
-    assert machine.launches == [("dispatch", 2, 1), ("dispatch", 3, 0)]
+    assert machine.launches == [("dispatch", 2, 1), ("dispatch", 4, 0)]
     assert handle.num_recv_tokens == handle.recv_src_metadata.shape[0] == 3
     assert handle.num_recv_tokens_per_expert_list == [4, 0, 4, 8]
     assert handle.num_expanded_tokens == 16
 
 
-@pytest.mark.parametrize("do_cpu_sync", [True, False])
-@pytest.mark.parametrize("num_sms", [1, 4])
-def test_only_halves_that_fit_run_beside_each_other(
-    machine: FakeMachine, buffer: ElasticBuffer, monkeypatch: pytest.MonkeyPatch, num_sms: int, do_cpu_sync: bool
+class Told(NamedTuple):
+    """What a launch of a dispatch is told."""
+
+    num_blocks: int
+    num_receive_blocks: int
+    blocks_in_all: int
+    reports: bool
+    rows: int
+    expanded_rows: int
+
+
+class Launches:
+    """Launches of dispatches that report these counts."""
+
+    def __init__(self, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[Told] = []
+        self.counts = [3, 1, 0, 2, 5]
+        self._machine = machine
+        monkeypatch.setattr(machine, "launch", self._launch)
+
+    def _launch(self, kernel: object, args: DispatchArgs, *, num_blocks: int, **_: object) -> None:
+        reports, to = bool(args.host_words), args.received
+        self.told.append(Told(num_blocks, args.num_receive_blocks, args.num_blocks, reports, to.rows, to.expanded_rows))
+        if reports:
+            self._machine.report_counts(*self.counts)
+
+    def of(self, call: Callable[[], Any]) -> list[Told]:
+        self.told.clear()
+        call()
+        return list(self.told)
+
+
+@pytest.fixture
+def launches(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    return Launches(machine, monkeypatch)
+
+
+def test_what_was_expected_is_received_at_once(launches: Launches, buffer: ElasticBuffer) -> None:
+    """Blocks are counted as if there were a second launch. What is returned is as long as what came."""
+    assert launches.of(lambda: dispatch(buffer)) == [Told(2, 0, 6, True, 0, 0), Told(4, 4, 6, False, 3, 8)]
+    assert launches.of(lambda: dispatch(buffer)) == [Told(4, 3, 8, True, 8, NO_LIMIT)], "the worst case is 8"
+    assert len(launches.of(lambda: dispatch(buffer, expert_alignment=4))) == 2, "of another shape nothing is known"
+    handle = dispatch(buffer, expert_alignment=4)
+    assert handle.num_recv_tokens == handle.recv_src_metadata.shape[0] == 3
+    assert (handle.num_recv_tokens_per_expert_list, handle.num_expanded_tokens) == ([4, 0, 4, 8], 16)
+
+
+def test_what_is_expanded_is_expected_too(launches: Launches, buffer: ElasticBuffer) -> None:
+    arguments = {"topk_idx": torch.zeros(3, 2, dtype=deep_ep.topk_idx_t), "topk_weights": torch.ones(3, 2)}
+    x = (torch.zeros(3, HIDDEN).to(torch.float8_e4m3fn), torch.zeros(3, 1))
+
+    def call(**layout: Any) -> Any:
+        return buffer.dispatch(x, **arguments, num_experts=4, expert_alignment=4, do_expand=True, **layout)
+
+    call()
+    assert launches.of(call) == [Told(4, 3, 8, True, 8, 28)], "the worst case"
+    launches.counts = [3, 1, 0, 2, 0]
+    (x8, sf), _, weights, handle, _ = call()
+    assert (x8.shape, sf.shape, weights.shape) == ((8, HIDDEN), (8, 1), (8,))
+    assert x8.is_contiguous()
+    assert handle.recv_src_metadata.shape == (3, 4)
+    first, second = launches.of(lambda: call(use_tma_aligned_col_major_sf=True))
+    assert (first.num_receive_blocks, second.expanded_rows) == (0, 8), "its strides say how many rows there are"
+
+
+def test_what_was_not_expected(launches: Launches) -> None:
+    buffer = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=10_000, hidden=HIDDEN, num_topk=2)
+
+    def take(rows: int) -> list[tuple[int, bool, int]]:
+        launches.counts = [rows, rows, 0, 0, 0]
+        return [(each.num_receive_blocks, each.reports, each.rows) for each in launches.of(lambda: dispatch(buffer))]
+
+    assert take(1000) == [(0, True, 0), (4, False, 1000)]
+    assert take(1032) == [(3, True, 1031), (4, False, 1032)], "too many"
+    assert take(1064) == [(3, True, 1064)], "just enough"
+    most = 1064 + 1064 // 32
+    assert take(least_of(most) - 1) == [(3, True, most), (4, False, least_of(most) - 1)], "memory would stay unused"
+    assert take(1000) == [(0, True, 0), (4, False, 1000)], "who can tell"
+
+
+def test_where_nothing_is_received_at_once(launches: Launches, buffer: ElasticBuffer) -> None:
+    """One block cannot send and receive at a time, and before an event no output may be written."""
+    recorded = EventHandle.inert()
+    recorded.event = torch.cuda.Event
+    for arguments, at_once in (
+        ({"num_sms": 1}, False),
+        ({"previous_event_before_epilogue": EventOverlap(recorded)}, False),
+        ({"previous_event_before_epilogue": EventOverlap()}, True),
+    ):
+        dispatch(buffer, **arguments)
+        told = launches.of(lambda arguments=arguments: dispatch(buffer, **arguments))
+        assert [each.num_receive_blocks > 0 for each in told] == ([True] if at_once else [False, True])
+        assert {each.blocks_in_all for each in told} == {told[0].num_blocks + arguments.get("num_sms", 4)}
+
+
+def test_no_memory_for_what_is_expected(
+    launches: Launches, buffer: ElasticBuffer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One block does one after the other, on the call's stream."""
-    log: list[object] = []
+    """There is enough for what comes."""
+    new_empty = Payload.new_empty
 
-    class Side:
-        @contextlib.contextmanager
-        def beside(self, stream: object) -> Iterator[str]:
-            log.append("begin")
-            yield "side"
-            log.append("end")
+    def allocate(self: Payload, num_rows: int, **layout: bool) -> Payload:
+        if num_rows > 3:
+            raise torch.OutOfMemoryError
+        return new_empty(self, num_rows, **layout)
 
-    def launch(kernel: object, args: DispatchArgs, *, num_blocks: int, stream: object, **_: object) -> None:
-        log.append((num_blocks, args.num_blocks, stream))
-        machine.report_counts(3, 1, 0, 2, 5)
-
-    monkeypatch.setattr(buffer._endpoint, "side", Side())
-    monkeypatch.setattr(machine, "launch", launch)
-    dispatch(buffer, num_sms=num_sms, do_cpu_sync=do_cpu_sync)
-    if num_sms == 1:
-        assert log == [(1, 2, None), (1, 2, None)]
-    elif do_cpu_sync:
-        assert log == ["begin", (2, 5, "side"), (3, 5, None), "end"]
-    else:
-        assert log == [(4, 4, None)]
+    dispatch(buffer)
+    monkeypatch.setattr(Payload, "new_empty", allocate)
+    assert [each.num_receive_blocks for each in launches.of(lambda: dispatch(buffer))] == [0, 4]
 
 
 def test_worst_case_sizes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
@@ -95,6 +180,33 @@ def test_sizes_of_the_expanded_layout(machine: FakeMachine, buffer: ElasticBuffe
     assert handle.num_recv_tokens == len(handle.recv_src_metadata) == 8
     (x8, sf), recv_idx, weights, _, _ = buffer.dispatch(x, **arguments, do_cpu_sync=False)
     assert (recv_idx.shape, weights.shape, x8.shape, sf.stride()) == ((8, 2), (8, 2), (8, HIDDEN), (1, 1))
+
+
+@pytest.mark.parametrize("do_cpu_sync", [True, False])
+@pytest.mark.parametrize("do_handle_copy", [True, False])
+def test_what_is_given_is_not_written(
+    machine: FakeMachine,
+    buffer: ElasticBuffer,
+    monkeypatch: pytest.MonkeyPatch,
+    do_handle_copy: bool,
+    do_cpu_sync: bool,
+) -> None:
+    """Simulated ranks write back what a kernel may write; it may be memory that nobody can write to."""
+    idx = torch.zeros(3, 1, dtype=deep_ep.topk_idx_t)
+    x = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
+    written: list[torch.Tensor] = []
+
+    def launch(*_: object, writes: Sequence[torch.Tensor | None], **__: object) -> None:
+        written.extend(each for each in writes if each is not None)
+        machine.report_counts(3, 1, 0, 2, 5)
+
+    monkeypatch.setattr(machine, "launch", launch)
+    arguments = {"topk_idx": idx, "num_experts": 4, "do_handle_copy": do_handle_copy, "do_cpu_sync": do_cpu_sync}
+    for _ in range(2):
+        handle = buffer.dispatch(x, **arguments)[3]
+    assert not any(each is idx or each is x for each in written)
+    assert (handle.topk_idx is idx) == (not do_handle_copy)
+    assert any(each is handle.topk_idx for each in written) == do_handle_copy
 
 
 def test_known_routes(machine: FakeMachine, buffer: ElasticBuffer) -> None:
@@ -135,7 +247,7 @@ def test_each_kind_of_call_has_its_own_number(
     machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, with_gradients: bool, adds_first: bool
 ) -> None:
     """Where nobody says one; what the dispatch was told, its combine and its gradient take too."""
-    machine.num_sms, sms = 132, {kind: 20 + i for i, kind in enumerate(Kind)}
+    machine.num_sms, sms = 132, {kind: 40 + i for i, kind in enumerate(Kind)}
     monkeypatch.setattr(sm_model, "table", lambda *_: {kind: (0, 0, sms[kind]) for kind in Kind})  # of 2 selections
     buffer = build(allow_multiple_reduction=adds_first)
     idx = torch.tensor([[0, 1]] * 3, dtype=deep_ep.topk_idx_t)
@@ -159,6 +271,23 @@ def test_each_kind_of_call_has_its_own_number(
     assert taken(True) == [sms[Kind.EXPANDED_DISPATCH], sms[sums]] * calls_of_each
     for expand in (False, True):
         assert taken(expand, num_sms=6) == [6, 6] * calls_of_each
+
+
+@pytest.mark.parametrize(("num_sms", "few"), [(132, sm_model.FEW_TOKENS_SMS), (20, 20)])
+def test_a_combine_of_few_tokens_takes_more(machine: FakeMachine, num_sms: int, few: int) -> None:
+    """As many as the device has, at most, and none that the dispatch was not told."""
+    machine.num_sms, tokens = num_sms, sm_model.FEW_TOKENS
+    buffer = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=tokens + 1, hidden=HIDDEN, num_topk=2)
+
+    def taken(tokens: int, **told: int) -> int:
+        x, idx = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16), torch.zeros(tokens, 1, dtype=deep_ep.topk_idx_t)
+        rows, _, _, handle, _ = buffer.dispatch(x, topk_idx=idx, num_experts=4, do_cpu_sync=False, **told)
+        buffer.combine(rows, handle)
+        return machine.launches[-1][1]
+
+    assert taken(tokens) == few
+    assert taken(tokens + 1) == buffer._endpoint.enough_sms[Kind.COMBINE][1] < few
+    assert taken(tokens, num_sms=6) == 6
 
 
 def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deep_ep.event import CallOrder, EventHandle, EventOverlap, Kept, LastCall, SideStream, looking
+from deep_ep.event import CallOrder, EventHandle, EventOverlap, Kept, LastCall, looking
 
 
 class Log:
@@ -150,9 +150,9 @@ def test_plain_call_runs_on_the_current_stream(log: Log) -> None:
 def test_asynchronous_call_leaves_the_current_stream_alone(log: Log) -> None:
     order = order_of(log, asynchronous=True)
     order.begin(LastCall(), 0)
-    assert log.lines == ["comm waits for compute"]
+    assert log.lines == ["comm waits for event on compute"]
     event = order.end([], [])
-    assert log.lines == ["comm waits for compute"]
+    assert log.lines == ["comm waits for event on compute"]
     event.current_stream_wait()
     assert log.lines[1:] == ["compute waits for event on comm"]
 
@@ -172,7 +172,7 @@ def test_previous_event_that_is_empty(log: Log) -> None:
     assert order.stream is not None
     assert order.stream.name == "compute"  # type: ignore[attr-defined]
     order_of(log, previous=EventOverlap(), asynchronous=True).begin(LastCall(), 0)
-    assert log.lines == ["comm waits for compute"]
+    assert log.lines == ["comm waits for event on compute"]
 
 
 def call(log: Log, last: LastCall, capture: int = 0, **timing: Any) -> list[str]:
@@ -199,7 +199,7 @@ def test_the_same_stream_is_in_order_by_itself(log: Log) -> None:
     for _ in range(2):
         assert call(log, last) == []
     for _ in range(2):
-        assert call(log, last, asynchronous=True)[-1] == "comm waits for compute"
+        assert call(log, last, asynchronous=True)[-1] == "comm waits for event on compute"
 
 
 def test_what_was_queued_behind_the_last_call_is_not_waited_for(log: Log) -> None:
@@ -248,44 +248,6 @@ def test_order_inside_and_outside_of_captures(log: Log) -> None:
     assert call_on("b", 0) == ["b waits for event on a"], "the last call that ran, not the one that was captured"
     assert call_on("b", 7) == ["b waits for event on c"]
     assert call_on("a", 8) == [], "another capture"
-
-
-@pytest.fixture
-def made(log: Log, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
-    """Device and priority of each stream that is made."""
-    made: list[tuple[torch.device, int]] = []
-
-    def make(device: torch.device, priority: int) -> FakeStream:
-        made.append((device, priority))
-        return FakeStream("side", log)
-
-    monkeypatch.setattr(torch.cuda, "Stream", make)
-    return made
-
-
-def test_a_launch_beside_is_between_what_was_queued_before_and_behind(
-    log: Log, made: list[tuple[torch.device, int]]
-) -> None:
-    comm: Any = FakeStream("comm", log)
-    side, waits = SideStream(comm), ["side waits for event on compute", "compute waits for event on side"]
-    assert made == [], "not before it is used"
-    current: Any = log.current
-    for _ in range(2):
-        with side.beside(current) as stream:
-            assert log.lines == waits[:1]
-            assert isinstance(stream, FakeStream)
-            assert stream.name == "side"
-        assert log.lines == waits
-        log.lines.clear()
-    with pytest.raises(KeyboardInterrupt), side.beside(current):
-        raise KeyboardInterrupt
-    assert log.lines == waits, "what it has launched may run still"
-    assert made == [(FakeStream.device, -1)]
-
-
-def test_there_is_nothing_beside_without_a_gpu() -> None:
-    with SideStream(None).beside(None) as stream:
-        assert stream is None
 
 
 def test_after_an_error_the_current_stream_waits_for_what_was_launched(log: Log) -> None:

@@ -17,6 +17,7 @@ from deep_ep import ElasticBuffer
 from deep_ep.calls import dispatch as calls_dispatch
 from deep_ep.calls import dropped, endpoint
 from deep_ep.calls.agreement import Settings
+from deep_ep.calls.host_counts import HostCounts
 from deep_ep.errors import EPEnvironmentError, EPError, EPTimeoutError
 from deep_ep.event import CallOrder
 from tests.unit.fake_machine import HIDDEN, FakeMachine, build, dispatch, others_differ
@@ -170,13 +171,13 @@ def test_a_launch_that_fails_breaks_the_buffer(buffer: ElasticBuffer, machine: F
 def test_nothing_goes_on_after_half_a_call(
     buffer: ElasticBuffer, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sending half has run, and there is no memory for what comes."""
+    """What sends has been launched, and there is no memory for what comes."""
 
     def allocate(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
     machine.on_launch = lambda: machine.report_counts(3, 1, 0, 2, 5)
-    monkeypatch.setattr(calls_dispatch.Outputs, "allocate", allocate)
+    monkeypatch.setattr(calls_dispatch.Payload, "new_empty", allocate)
     with pytest.raises(torch.OutOfMemoryError):
         dispatch(buffer)
     monkeypatch.undo()
@@ -199,11 +200,11 @@ def test_who_gets_memory_of_a_call_that_failed_waits_for_its_kernels(
 
     monkeypatch.setattr(CallOrder, "abandon", abandon)
     with monkeypatch.context() as patch:
-        patch.setattr(endpoint.Endpoint, "expect_counts", interrupt)  # before the first launch
+        patch.setattr(HostCounts, "expect", interrupt)  # before the first launch
         with pytest.raises(KeyboardInterrupt):
             dispatch(buffer)
     assert abandoned == []
-    monkeypatch.setattr(endpoint.Endpoint, "_wait_for_counts", interrupt)
+    monkeypatch.setattr(HostCounts, "have_come", interrupt)
     with pytest.raises(KeyboardInterrupt):
         dispatch(buffer)
     assert len(abandoned) == 1
@@ -225,6 +226,18 @@ def test_who_is_interrupted_while_the_handle_is_made_has_no_results(
             dispatch(buffer, do_cpu_sync=False)
     with pytest.raises(EPError, match=r"must be rebuilt on every rank: .* left half-done \(KeyboardInterrupt"):
         dispatch(buffer, do_cpu_sync=False)
+
+
+def test_a_dispatch_that_fails_leaves_the_layout_of_its_handle(machine: FakeMachine) -> None:
+    """It goes with other buffers of the same ranks."""
+    machine.launches_finish = True
+    buffer = build()
+    handle = dispatch(buffer, do_cpu_sync=False)
+    ends = handle.psum_num_recv_tokens_per_expert
+    machine.on_launch = machine.leave_fault
+    with pytest.raises(EPTimeoutError):
+        buffer.dispatch(torch.zeros(3, HIDDEN, dtype=torch.bfloat16), handle=handle, do_expand=True)
+    assert (handle.do_expand, handle.psum_num_recv_tokens_per_expert is ends) == (False, True)
 
 
 @pytest.mark.parametrize("call", ["dispatch", "combine", "barrier"])

@@ -137,6 +137,30 @@ def test_fewer_would_not_do(sweep: Sweep) -> None:
     assert fewest <= choice(sweep) <= 1.25 * surely
 
 
+# Of few tokens, in a CUDA graph; 2026-11-26, f901b22, of the slower rank.
+FEW = {
+    (Kind.COMBINE, 32): {16: 11.3, 22: 10.7, 32: 11.1, 48: 11.3},
+    (Kind.COMBINE, 64): {16: 13.7, 22: 14.2, 32: 12.5, 48: 12.3},
+    (Kind.COMBINE, 128): {16: 20.5, 22: 19.3, 32: 17.0, 48: 16.6},
+    (Kind.COMBINE, 256): {16: 32.4, 22: 29.6, 32: 26.0, 48: 25.0},
+    (Kind.COMBINE_IN_PLACE, 32): {16: 11.9, 22: 11.6, 32: 11.6, 48: 11.6},
+    (Kind.COMBINE_IN_PLACE, 64): {16: 14.6, 22: 14.6, 32: 13.7, 48: 13.1},
+    (Kind.COMBINE_IN_PLACE, 128): {16: 17.9, 22: 16.3, 32: 16.6, 48: 17.1},
+    (Kind.COMBINE_IN_PLACE, 256): {16: 28.2, 22: 23.9, 32: 21.6, 48: 21.3},
+}
+
+
+@pytest.mark.parametrize(("kind", "tokens"), FEW)
+def test_the_choice_for_few_tokens(kind: Kind, tokens: int) -> None:
+    times = FEW[kind, tokens]
+    assert times[sm_model.of_few(kind, tokens)] <= min(times.values()) * (1 + WITHIN)
+
+
+def test_many_tokens_take_what_their_bytes_take() -> None:
+    assert {sm_model.of_few(kind, 4096) for kind in Kind} == {0}
+    assert sm_model.of_few(Kind.DISPATCH, 1) == 0
+
+
 def test_numbers() -> None:
     """Those of the documentation."""
     by_kind = [[num_sms(kind, num_ranks, 8, H200) for kind in Kind] for num_ranks in (2, 4, 8)]

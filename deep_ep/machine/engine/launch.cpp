@@ -29,22 +29,17 @@ std::vector<std::unique_ptr<Block>> block_pool;
 
 tsan::Token launch_begin, launch_end;
 
-// Kernels of one rank, one after the other, or some beside each other, on the same blocks and fibers: what comes later
-// knows all that came before, so sharing them hides nothing from the race detector.
+// Kernels of one rank, one after the other, on the same blocks and fibers: what comes later knows all that came before,
+// so sharing them hides nothing from the race detector.
 struct Stream {
   std::vector<std::unique_ptr<Grid>> grids;
-  std::size_t first_running = 0, num_started = 0;
+  std::size_t num_started = 0;
   tsan::Token ended;  // released by all that the grids before did
   std::vector<Block*> blocks;
   std::vector<Fiber*> fibers;
-  std::size_t num_blocks = 0, num_fibers = 0;  // of the running grids, the first ones
+  std::size_t num_fibers = 0;  // of the running grid, the first ones
 
-  bool is_running() const {
-    for (std::size_t i = first_running; i < num_started; ++i) {
-      if (grids[i]->num_running > 0) return true;
-    }
-    return false;
-  }
+  Grid& running() const { return *grids[num_started - 1]; }
 };
 
 // What one launch uses of the pools.
@@ -153,7 +148,7 @@ void prepare_fiber(Fiber& fiber, Block& block, int thread) {
 }
 
 Stream& stream_of(Stage& stage, const LaunchRequest& request) {
-  if (!request.in_order && !request.beside) return *stage.streams.emplace_back(std::make_unique<Stream>());
+  if (!request.in_order) return *stage.streams.emplace_back(std::make_unique<Stream>());
   for (auto stream = stage.streams.rbegin(); stream != stage.streams.rend(); ++stream) {
     if ((*stream)->grids.front()->rank == request.rank) return **stream;
   }
@@ -169,7 +164,6 @@ void add_grid(Stage& stage, const LaunchRequest& request) {
   grid.num_threads = request.num_threads;
   grid.cluster_blocks = request.cluster_blocks;
   grid.shared_bytes = request.shared_bytes;
-  grid.beside = request.beside;
   grid.start_ns = request.start_ns;
   grid.entry = reinterpret_cast<void (*)(const void*)>(entry);
   grid.args = copy_args(stage, request.args);
@@ -180,23 +174,16 @@ void add_grid(Stage& stage, const LaunchRequest& request) {
   }
 }
 
-// `taken` says what one grid takes; the most that those which run together do.
-template <class Taken>
-std::size_t most_together(const Stream& stream, Taken taken) {
-  int most = 0, together = 0;
-  for (const auto& grid : stream.grids) {
-    together = taken(*grid) + (grid->beside ? together : 0);
-    most = std::max(most, together);
-  }
-  return most;
-}
-
 std::size_t max_blocks(const Stream& stream) {
-  return most_together(stream, [](const Grid& grid) { return grid.num_blocks; });
+  int blocks = 0;
+  for (const auto& grid : stream.grids) blocks = std::max(blocks, grid->num_blocks);
+  return blocks;
 }
 
 std::size_t max_fibers(const Stream& stream) {
-  return most_together(stream, [](const Grid& grid) { return grid.num_blocks * grid.num_threads; });
+  int fibers = 0;
+  for (const auto& grid : stream.grids) fibers = std::max(fibers, grid->num_blocks * grid->num_threads);
+  return fibers;
 }
 
 template <class T>
@@ -223,10 +210,12 @@ void check_size(const Stage& stage) {
   }
 }
 
-void prepare_grid(Stream& stream, Grid& grid) {
+void prepare_next_grid(Stream& stream) {
+  Grid& grid = *stream.grids[stream.num_started++];
+  stream.num_fibers = 0;
   grid.num_running = grid.num_blocks * grid.num_threads;
   for (int idx = 0; idx < grid.num_blocks; ++idx) {
-    Block& block = *stream.blocks[stream.num_blocks++];
+    Block& block = *stream.blocks[idx];
     prepare_block(block, grid, idx, grid.shared_bytes);
     for (int thread = 0; thread < grid.num_threads; ++thread) {
       prepare_fiber(*stream.fibers[stream.num_fibers++], block, thread);
@@ -234,35 +223,28 @@ void prepare_grid(Stream& stream, Grid& grid) {
   }
 }
 
-void prepare_next_grids(Stream& stream) {
-  stream.num_blocks = stream.num_fibers = 0;
-  stream.first_running = stream.num_started;
-  do {
-    prepare_grid(stream, *stream.grids[stream.num_started++]);
-  } while (stream.num_started < stream.grids.size() && stream.grids[stream.num_started]->beside);
-}
-
-void start_grids(Stream& stream) {
+void start_grid(const Stream& stream) {
+  const Grid& grid = stream.running();
   stream.fibers.front()->line.enter();
   launch_begin.acquire();
-  stream.ended.acquire();
-  for (std::size_t i = 0; i < stream.num_blocks; ++i) {
-    for (CopyEngine& engine : stream.blocks[i]->engines) engine.told.release();
+  grid.before->acquire();
+  for (int idx = 0; idx < grid.num_blocks; ++idx) {
+    for (CopyEngine& engine : stream.blocks[idx]->engines) engine.told.release();
   }
   scheduler.enter_home();
   for (std::size_t i = 0; i < stream.num_fibers; ++i) {
     Fiber& fiber = *stream.fibers[i];
     fiber.is_slow = fiber.rank() == scheduler.climate.slow_rank || fiber.warp->is_slow ||
                     scheduler.random.chance(scheduler.climate.slow_lanes);
-    scheduler.add(fiber, fiber.block->grid->start_ns);
+    scheduler.add(fiber, grid.start_ns);
   }
 }
 
 void begin(Stage& stage) {
   take_from_pools(stage);
-  for (const auto& stream : stage.streams) prepare_next_grids(*stream);
+  for (const auto& stream : stage.streams) prepare_next_grid(*stream);
   launch_begin.release();
-  for (const auto& stream : stage.streams) start_grids(*stream);
+  for (const auto& stream : stage.streams) start_grid(*stream);
 }
 
 // All that the lines of a stream did, also of the copy engines.
@@ -286,11 +268,11 @@ void release_all(const Stream& stream, tsan::Token& token) {
 bool start_followers(const Stage& stage) {
   bool any = false;
   for (const auto& stream : stage.streams) {
-    if (stream->is_running() || stream->num_started == stream->grids.size()) continue;
-    for (std::size_t i = stream->first_running; i < stream->num_started; ++i) complete_copies_of(*stream->grids[i]);
+    if (stream->running().num_running > 0 || stream->num_started == stream->grids.size()) continue;
+    complete_copies_of(stream->running());
     release_all(*stream, stream->ended);
-    prepare_next_grids(*stream);
-    start_grids(*stream);
+    prepare_next_grid(*stream);
+    start_grid(*stream);
     any = true;
   }
   return any;

@@ -18,7 +18,6 @@ struct LaunchRequest {
   std::int32_t cluster_blocks = 1;
   std::uint64_t start_ns = 0;
   bool in_order = false;  // starts when the request before it of the same rank has ended, as in a CUDA stream
-  bool beside = false;    // in order, but together with that request, as on a second stream
 };
 
 struct Report {

@@ -95,7 +95,6 @@ struct Grid {
   int cluster_blocks = 1;
   int shared_bytes = 0;
   int num_running = 0;  // threads that have not left the kernel
-  bool beside = false;  // starts with the grid before it of its stream; what comes next waits for both
   std::uint64_t start_ns = 0;
   void (*entry)(const void* args) = nullptr;
   const void* args = nullptr;

@@ -93,7 +93,6 @@ std::string run_launch(Reader& reader, Status& status) {
     request.cluster_blocks = reader.small();
     request.start_ns = reader.number();
     request.in_order = reader.number() != 0;
-    request.beside = reader.number() != 0;
   }
   const Report report = launch(requests, seed, lets_expire);
   if (!report.is_ok) status = Status::kFailed;

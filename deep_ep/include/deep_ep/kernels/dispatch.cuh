@@ -10,10 +10,10 @@
 // Where rows lie in registered memory (in_place.cuh), nobody sends: receivers fetch them from the peers, once it is
 // known where they go, and the call ends when all peers have fetched this rank's.
 //
-// A launch may also do one half only. With a CPU sync the blocks that send and those that count are launched first. The
-// counters tell the host, and leave; it allocates exact tensors while the pushes run, and launches the receivers beside
-// the senders: from then on all is as in one launch. With one block the halves follow each other, and it counts before
-// it sends. With the handle of an earlier dispatch all places are known and no counts are exchanged.
+// With a CPU sync the counters tell the host what comes. If it has made room for that, all is as in any other launch.
+// If that room does not do nothing is received, and if there is none the launch has no receivers; then the host
+// launches them behind. So it is with one block in any case: it counts, sends, and has left before it receives. With
+// the handle of an earlier dispatch all places are known and no counts are exchanged.
 
 #include <deep_ep/kernels/dispatch_args.cuh>
 #include <deep_ep/phases/admit.cuh>
@@ -27,6 +27,7 @@
 #include <deep_ep/phases/recall.cuh>
 #include <deep_ep/phases/report.cuh>
 #include <deep_ep/phases/retire.cuh>
+#include <deep_ep/phases/room.cuh>
 #include <deep_ep/phases/route.cuh>
 #include <deep_ep/phases/scatter.cuh>
 #include <deep_ep/wire/blocks.cuh>
@@ -90,11 +91,11 @@ EP_DEVICE void ask(const DispatchArgs& a, uint32_t epoch, const Plan& plan, bool
   }
 }
 
-// Of the blocks that end, how many this one stands for. The host launches the second half when it has this block's
-// report. Where there is none to give, this block stands for the second half, too: so the operation ends.
-EP_DEVICE int num_ended(const DispatchArgs& a, bool reports, const Tables& tables) {
-  const bool reported = tables.is(Ok::kAgrees) && tables.is(Ok::kLearns);
-  return reports && !reported ? 1 + a.num_blocks - device::num_blocks() : 1;
+// Whether this launch receives. Where the host waits for the counts, it does if they fit.
+EP_DEVICE bool can_receive(const DispatchArgs& a, const Tables& tables) {
+  if (a.host_words == nullptr) return true;
+  return a.num_receive_blocks > 0 &&
+         fits(a.window.num_ranks, a.routing.experts_per_rank, a.alignment, tables, a.least, a.received);
 }
 
 template <DispatchConfig C>
@@ -115,7 +116,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
   device::sync_block();
   const Record said{a.record.row_bytes, a.scales.bytes()};  // not rounded up
   const Plan plan = plan_of(kDispatch, a.plan_flags, a.routing, said, kRecalls ? *a.counts.number : 0);
-  // The first half, or the only launch, speaks for the call.
+  // The first launch, or the only one, speaks for the call.
   if (device::block_idx() == 0 && (sender || counters.count > 0)) {
     propose(a.window, epoch, plan);
     if (C.in_place && warp == 0) offer(a.window, epoch, a.in_place, 0);
@@ -127,9 +128,11 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     tell<C.places_from>(a, epoch, counters, tables);
   }
   device::sync_block();
-  const bool good = tables.are_all();  // nothing is taken back any more
+  // Nothing is taken back any more. Who asked has told the host by now, or never will.
+  const bool good = tables.are_all(), learned = tables.is(Ok::kAgrees) && tables.is(Ok::kLearns);
+  const bool can = learned && (receiver || reports) && can_receive(a, tables), receives = receiver && good && can;
 
-  if (receiver && good && receivers.own() == 0) {
+  if (receives && receivers.own() == 0) {
     if (!kRecalls) report_counts(a.window, epoch, experts_per_rank, a.alignment, tables, a.counts);
     add_to_stats(experts_per_rank, tables, a.stats);
   }
@@ -143,7 +146,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
       announce(a.window, epoch, boxes[warp - C.num_send_warps]);
     }
   }
-  if (receiver && good) {
+  if (receives) {
     const Landing landing{a.window, a.routing, a.rows, a.scales, a.record, tables, a.received, epoch, a.patience};
     if (warp < C.num_receive_warps) {
       using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
@@ -156,7 +159,10 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     }
     blank(a.window, a.routing, a.record, a.alignment, tables, warp, receivers, a.received);
   }
-  retire<C.in_place>(a.window, epoch, a.patience, a.num_blocks, num_ended(a, reports, tables));
+  // Blocks are counted as if receivers were launched behind. They are not, if nobody needs them or if the host got no
+  // report; then the block that reports stands for them.
+  const int num_others = reports && (can || !learned) ? a.num_blocks - device::num_blocks() : 0;
+  retire<C.in_place>(a.window, epoch, a.patience, a.num_blocks, 1 + num_others);
 }
 
 }  // namespace deep_ep

@@ -21,7 +21,7 @@ EP_DEVICE void await_readers(const Window& window, uint32_t epoch, const device:
   device::sync_warp();
 }
 
-// `num_blocks`: of all launches of the operation, which may run beside each other. `num_ended`: those for which this
+// `num_blocks`: of all launches that the operation may have, one behind the other. `num_ended`: those for which this
 // block speaks, itself included.
 template <bool kInPlace>
 EP_DEVICE void retire(const Window& window, uint32_t epoch, const device::Patience& patience, int num_blocks,

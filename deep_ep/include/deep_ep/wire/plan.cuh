@@ -20,7 +20,7 @@ constexpr uint32_t kCached = 2;    // the routing is a handle's
 constexpr uint32_t kScales = 4;    // rows carry scale factors
 constexpr uint32_t kEveryRow = 8;  // combine sends each row of the expanded layout, not their sum
 constexpr uint32_t kInPlace = 16;  // peers read rows where they lie
-constexpr uint32_t kHalves = 32;   // ... and hosts wait in between: nobody may wait for the second half in the first
+constexpr uint32_t kCpuSync = 32;  // ... and hosts wait in between: nobody may wait for the second launch in the first
 }  // namespace plan_flag
 
 struct Plan {
