@@ -51,6 +51,7 @@ repeat      speed      150
 bench       speed      420
 bench_check speed      180
 bench_model speed      300
+bench_sm    speed       60
 '
 
 ranks() { # ranks N ARGUMENT...: torchrun with N ranks
@@ -136,6 +137,7 @@ step_bench_check() { # against the committed reference; a new one, to be committ
   ranks 2 -m benchmarks.ep --reference benchmarks/reference.json --write-reference "$logs/reference.json"
 }
 step_bench_model() { ranks 2 -m benchmarks.ep --check-model --json "$logs/bench_model.json"; }
+step_bench_sm() { python3 -m benchmarks.sm; }
 
 known() { awk -v what="$1" 'NF && (what == "" || $1 == what || $2 == what)' <<<"$STEPS"; } # lines of STEPS
 limit_of() { awk -v step="$1" '$1 == step { print $3 }' <<<"$STEPS"; }

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ep, gate
+from benchmarks import ep, gate, sm
 from benchmarks.ceilings import Ceilings
 from benchmarks.report import Reading, Report, panels_of
 from benchmarks.timing import MODES, kernel_times
@@ -362,3 +362,19 @@ def test_make_starts_it(target: str) -> None:
     recipe = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (line,) = (line for line in recipe.splitlines() if " -m benchmarks.ep" in line)
     ep.parse(line.partition(" -m benchmarks.ep")[2].split())
+
+
+@pytest.mark.parametrize("way", sm.WAYS, ids=lambda way: way.name)
+def test_what_an_sm_moves_compiles(way: sm.Way) -> None:
+    """And spills nothing, or its figures would be of something else."""
+    resources = sm.compiled(way, "sm_90a").resources
+    assert resources is not None
+    assert not resources.uses_local_memory
+    assert way.shared_bytes <= 227 << 10
+
+
+def test_what_an_sm_moves_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["benchmarks.sm"])
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        sm.main()

@@ -247,7 +247,7 @@ def test_each_kind_of_call_has_its_own_number(
     machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, with_gradients: bool, adds_first: bool
 ) -> None:
     """Where nobody says one; what the dispatch was told, its combine and its gradient take too."""
-    machine.num_sms, sms = 132, {kind: 40 + i for i, kind in enumerate(Kind)}
+    machine.num_sms, sms = 132, {kind: 70 + i for i, kind in enumerate(Kind)}
     monkeypatch.setattr(sm_model, "table", lambda *_: {kind: (0, 0, sms[kind]) for kind in Kind})  # of 2 selections
     buffer = build(allow_multiple_reduction=adds_first)
     idx = torch.tensor([[0, 1]] * 3, dtype=deep_ep.topk_idx_t)
@@ -273,20 +273,25 @@ def test_each_kind_of_call_has_its_own_number(
         assert taken(expand, num_sms=6) == [6, 6] * calls_of_each
 
 
-@pytest.mark.parametrize(("num_sms", "few"), [(132, sm_model.FEW_TOKENS_SMS), (20, 20)])
-def test_a_combine_of_few_tokens_takes_more(machine: FakeMachine, num_sms: int, few: int) -> None:
+@pytest.mark.parametrize("num_sms", [132, 20])
+@pytest.mark.parametrize("expand", [False, True])
+def test_a_combine_of_few_tokens_takes_more(machine: FakeMachine, num_sms: int, expand: bool) -> None:
     """As many as the device has, at most, and none that the dispatch was not told."""
     machine.num_sms, tokens = num_sms, sm_model.FEW_TOKENS
+    kind = Kind.COMBINE_OF_SUMS if expand else Kind.COMBINE
+    few = min(sm_model.FEW_TOKENS_SMS[kind], num_sms)
     buffer = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=tokens + 1, hidden=HIDDEN, num_topk=2)
 
     def taken(tokens: int, **told: int) -> int:
         x, idx = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16), torch.zeros(tokens, 1, dtype=deep_ep.topk_idx_t)
-        rows, _, _, handle, _ = buffer.dispatch(x, topk_idx=idx, num_experts=4, do_cpu_sync=False, **told)
+        rows, _, _, handle, _ = buffer.dispatch(
+            x, topk_idx=idx, num_experts=4, do_cpu_sync=False, do_expand=expand, **told
+        )
         buffer.combine(rows, handle)
         return machine.launches[-1][1]
 
     assert taken(tokens) == few
-    assert taken(tokens + 1) == buffer._endpoint.enough_sms[Kind.COMBINE][1] < few
+    assert taken(tokens + 1) == buffer._endpoint.enough_sms[kind][1] < few
     assert taken(tokens, num_sms=6) == 6
 
 

@@ -15,6 +15,7 @@ from deep_ep.sm_model import Kind, Speeds, num_sms
 
 WITHIN = 0.05
 H200 = Speeds()
+H100 = Speeds.of(None, 18 * 26.5625, 3352.0)
 
 LINK_GBS = 361.0  # of the copy engine, as both runs saw it
 ROWS_SENT = {4096: 4080, 8192: 8160}  # 2 ranks, top-8 of 256
@@ -30,6 +31,7 @@ class Sweep:
     tokens: int
     row_bytes: int
     times: dict[int, float]
+    speeds: Speeds = H200
 
     @property
     def link_us(self) -> float:
@@ -81,11 +83,64 @@ LATEST = [
     Sweep("latest combine, in place", Kind.COMBINE_IN_PLACE, 4096, BF16, {16: 213.6, 24: 193.7, 48: 191.1, 68: 190.8}),
     Sweep("latest combine, expanded", Kind.COMBINE_OF_SUMS, 4096, BF16, {16: 534.8, 24: 382.0, 48: 284.2, 68: 284.0}),
 ]
-ALL = pytest.mark.parametrize("sweep", [*SWEEPS, *LATER, *LATEST], ids=lambda sweep: f"{sweep.name} {sweep.tokens}")
+# 2 x H100 of one host, 2026-11-26, the kernels of dab7f5d, 30 iterations (benchmarks.ep --check-model).
+ON_H100 = [
+    Sweep(f"H100 {name}", kind, tokens, row_bytes, times, H100)
+    for name, kind, tokens, row_bytes, times in [
+        ("dispatch", Kind.DISPATCH, 4096, FP8, {16: 172.0, 24: 126.5, 28: 117.1, 32: 110.9, 48: 111.6, 64: 112.0}),
+        ("dispatch, cached", Kind.DISPATCH, 4096, FP8, {16: 156.6, 24: 117.4, 28: 110.7, 32: 113.1, 48: 115.1}),
+        (
+            "dispatch, expanded",
+            Kind.EXPANDED_DISPATCH,
+            4096,
+            FP8,
+            {16: 371.6, 24: 277.8, 32: 215.6, 48: 174.1, 50: 170.7, 64: 166.6, 96: 167.5},
+        ),
+        (
+            "dispatch, cached expanded",
+            Kind.EXPANDED_DISPATCH,
+            4096,
+            FP8,
+            {16: 358.3, 24: 267.9, 32: 205.2, 48: 158.0, 50: 157.2, 64: 155.4, 96: 156.4},
+        ),
+        ("in place", Kind.DISPATCH_IN_PLACE, 4096, FP8, {16: 128.2, 20: 124.4, 24: 123.2, 32: 124.0, 48: 125.5}),
+        ("dispatch bf16", Kind.DISPATCH, 4096, BF16, {16: 299.9, 24: 215.2, 28: 194.4, 32: 191.1, 48: 192.8}),
+        ("combine", Kind.COMBINE, 4096, BF16, {16: 214.4, 22: 197.7, 24: 198.3, 32: 203.6, 48: 205.5}),
+        ("combine, in place", Kind.COMBINE_IN_PLACE, 4096, BF16, {16: 216.9, 22: 196.9, 24: 195.5, 32: 193.6}),
+        (
+            "combine, expanded",
+            Kind.COMBINE_OF_SUMS,
+            4096,
+            BF16,
+            {16: 569.2, 24: 412.0, 32: 341.3, 38: 317.4, 48: 307.4, 64: 316.7, 96: 338.0},
+        ),
+        ("dispatch", Kind.DISPATCH, 8192, FP8, {16: 323.2, 24: 230.0, 28: 210.8, 32: 196.2, 48: 199.7, 64: 195.9}),
+        ("dispatch, cached", Kind.DISPATCH, 8192, FP8, {16: 299.2, 24: 211.8, 28: 199.5, 32: 197.2, 64: 197.1}),
+        (
+            "dispatch, expanded",
+            Kind.EXPANDED_DISPATCH,
+            8192,
+            FP8,
+            {16: 720.2, 24: 539.0, 32: 406.6, 48: 317.9, 50: 312.0, 64: 308.4, 96: 309.2},
+        ),
+        ("dispatch bf16", Kind.DISPATCH, 8192, BF16, {16: 578.0, 24: 405.8, 28: 369.6, 32: 351.5, 48: 355.4}),
+        ("combine", Kind.COMBINE, 8192, BF16, {16: 395.7, 22: 357.3, 24: 357.0, 32: 361.7, 48: 370.9}),
+        (
+            "combine, expanded",
+            Kind.COMBINE_OF_SUMS,
+            8192,
+            BF16,
+            {16: 1082.7, 24: 762.1, 32: 617.6, 38: 565.9, 48: 542.0, 64: 550.3, 96: 590.2},
+        ),
+    ]
+]
+ALL = pytest.mark.parametrize(
+    "sweep", [*SWEEPS, *LATER, *LATEST, *ON_H100], ids=lambda sweep: f"{sweep.name} {sweep.tokens}"
+)
 
 
 def law(sweep: Sweep, sms: int) -> float:
-    """What a call takes by fixed + max(work / n, link), where it was not measured.
+    """What a call takes by fixed + max(work / n, link), where it was not measured, and no more than by a straight line.
 
     Fixed and work are those of the two fewest SMs. Where more of them were no faster the limit is the least time, and
     where the last ones still were, the time goes on to fall until the link is the limit: from the last one measured on.
@@ -98,7 +153,7 @@ def law(sweep: Sweep, sms: int) -> float:
     if sms > last:
         left = (fixed + max(work / sms, sweep.link_us)) / (fixed + max(work / last, sweep.link_us))
         return min(least, sweep.times[last] * left)
-    return max(fixed + work / sms, least)
+    return min(max(fixed + work / sms, least), straight(sweep, sms))
 
 
 def straight(sweep: Sweep, sms: int) -> float:
@@ -111,7 +166,7 @@ def straight(sweep: Sweep, sms: int) -> float:
 
 
 def choice(sweep: Sweep) -> int:
-    return num_sms(sweep.kind, 2, 8, H200)
+    return num_sms(sweep.kind, 2, 8, sweep.speeds)
 
 
 @ALL
@@ -148,11 +203,18 @@ FEW = {
     (Kind.COMBINE_IN_PLACE, 128): {16: 17.9, 22: 16.3, 32: 16.6, 48: 17.1},
     (Kind.COMBINE_IN_PLACE, 256): {16: 28.2, 22: 23.9, 32: 21.6, 48: 21.3},
 }
+# The same on two H100.
+FEW_ON_H100 = {
+    (Kind.COMBINE, 128): {16: 22.4, 24: 20.8, 32: 18.7, 48: 18.6, 64: 18.1, 96: 18.8},
+    (Kind.COMBINE_IN_PLACE, 128): {16: 21.1, 24: 19.2, 32: 19.4, 48: 19.5, 64: 19.0, 96: 19.5},
+    (Kind.COMBINE_OF_SUMS, 128): {16: 42.4, 24: 34.7, 32: 33.8, 38: 31.8, 48: 29.0, 64: 28.5, 96: 27.5},
+}
 
 
-@pytest.mark.parametrize(("kind", "tokens"), FEW)
-def test_the_choice_for_few_tokens(kind: Kind, tokens: int) -> None:
-    times = FEW[kind, tokens]
+@pytest.mark.parametrize(
+    ("kind", "tokens", "times"), [(*key, t) for few in (FEW, FEW_ON_H100) for key, t in few.items()]
+)
+def test_the_choice_for_few_tokens(kind: Kind, tokens: int, times: dict[int, float]) -> None:
     assert times[sm_model.of_few(kind, tokens)] <= min(times.values()) * (1 + WITHIN)
 
 
@@ -215,9 +277,8 @@ def test_a_plain_dispatch_is_the_same_for_all_selections(num_ranks: int, num_top
 
 def test_memory_may_be_the_limit() -> None:
     """An H100's is, for an expanded dispatch between two of them."""
-    h100 = Speeds.of(None, 18 * 26.5625, 3352.0)
-    assert h100.link == H200.link
-    assert [num_sms(kind, 2, 8, h100) for kind in Kind] == [28, 50, 20, 48, 22, 22, 38, 16]
+    assert H100.link == H200.link
+    assert [num_sms(kind, 2, 8, H100) for kind in Kind] == [30, 52, 20, 50, 22, 22, 40, 18]
 
 
 def test_speeds_of_a_machine() -> None:

@@ -1,0 +1,165 @@
+"""What one SM loads, stores and copies, and many at once: of which every call has a floor of its own.
+
+    python -m benchmarks.sm --sms 1,16,24,48
+
+On one GPU, without peers: rows in any order from memory that no cache holds, to rows in order. GB/s of each SM, by the
+copy engine's rings and by threads; a launch of a few microseconds is in it. What is copied counts once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import enum
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.ep import numbers
+from deep_ep.jit import Built, Kernel, Nvrtc, build
+
+ROWS, ROW_BYTES = 8192, 7168
+FROM_ROWS = 8 * ROWS  # to be drawn from: several times any L2
+FLUSH_BYTES = 512 << 20
+HOST_AHEAD_CYCLES = 200_000  # in which the host has launched what is timed
+REPEATS = 11
+STAGES = 3
+
+
+class By(enum.Enum):
+    COPY_ENGINE = "kCopyEngine"
+    THREADS = "kThreads"
+
+
+@dataclass(frozen=True)
+class MoveConfig:
+    num_warps: int
+    num_stages: int
+    row_bytes: int
+    by: By
+    loads: bool
+    stores: bool
+
+
+class MoveArgs(ctypes.Structure):
+    _fields_ = [
+        ("from", ctypes.c_void_p),
+        ("to", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How rows are moved."""
+
+    name: str
+    by: By
+    num_warps: int
+    loads: bool = True
+    stores: bool = True
+
+    @property
+    def kernel(self) -> Kernel:
+        config = MoveConfig(self.num_warps, STAGES, ROW_BYTES, self.by, self.loads, self.stores)
+        return Kernel("move", config, MoveArgs, 32 * self.num_warps, header="sm.cuh")
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block's rings: rows, and what the ring keeps beside each (deep_ep/phases/ring.cuh)."""
+        return 0 if self.by is By.THREADS else self.num_warps * STAGES * (ROW_BYTES + 64)
+
+
+WAYS = [
+    Way("loads, copy engine", By.COPY_ENGINE, 9, stores=False),
+    Way("loads, threads", By.THREADS, 16, stores=False),
+    Way("stores, copy engine", By.COPY_ENGINE, 9, loads=False),
+    Way("stores, threads", By.THREADS, 16, loads=False),
+    Way("copies, copy engine", By.COPY_ENGINE, 9),
+    Way("copies, threads", By.THREADS, 16),
+]
+
+
+def compiled(way: Way, architecture: str) -> Built:
+    return build(way.kernel, Nvrtc(architecture, more_include_dirs=(Path(__file__).parent,)))
+
+
+class Mover:
+    """Moves rows on the current device."""
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver
+
+        self._driver: Any = driver
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._from = torch.randint(0, 255, (FROM_ROWS, ROW_BYTES), dtype=torch.uint8, device=self.device)
+        self._to = torch.empty(ROWS, ROW_BYTES, dtype=torch.uint8, device=self.device)
+        self._order = torch.randperm(FROM_ROWS, device=self.device)[:ROWS].int()
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+
+    def prepare(self, way: Way) -> Callable[[int], None]:
+        """A launch of so many blocks. Copies are looked at once."""
+        major, minor = torch.cuda.get_device_capability(self.device)
+        module = self._call("cuModuleLoadData", compiled(way, f"sm_{major}{minor}a").code)
+        function = self._call("cuModuleGetFunction", module, way.kernel.entry.encode())
+        most = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._call("cuFuncSetAttribute", function, most, way.shared_bytes)
+        args = MoveArgs(self._from.data_ptr(), self._to.data_ptr(), self._order.data_ptr(), ROWS)
+        pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+
+        def launch(blocks: int, _keep: Any = args) -> None:
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            block = (32 * way.num_warps, 1, 1)
+            address = ctypes.addressof(pointer)
+            self._call("cuLaunchKernel", function, blocks, 1, 1, *block, way.shared_bytes, stream, address, 0)
+
+        if way.loads and way.stores:
+            launch(1)
+            assert torch.equal(self._to, self._from[self._order.long()]), way.name
+        return launch
+
+    def times(self, launch: Callable[[int], None], blocks: int) -> list[float]:
+        """Microseconds."""
+        times = []
+        for _ in range(REPEATS):
+            self._flush.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(HOST_AHEAD_CYCLES)
+            start.record()
+            launch(blocks)
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) * 1e3)
+        return times
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        status, *values = getattr(self._driver, name)(*arguments)
+        assert int(status) == 0, f"{name}: {status}"
+        return values[0] if len(values) == 1 else values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sms", type=numbers, default=[1, 16, 24, 48], help="numbers of SMs, each with a block")
+    all_sms = parser.parse_args().sms
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.sm needs a GPU, and torch sees none")
+    mover = Mover()
+    name = torch.cuda.get_device_name(mover.device)
+    table = Table("GB/s of each SM", *map(str, all_sms), title=f"{name}: {ROWS} rows of {ROW_BYTES} bytes")
+    for way in WAYS:
+        launch = mover.prepare(way)
+        rates = [ROWS * ROW_BYTES / statistics.median(mover.times(launch, sms)) / 1e3 / sms for sms in all_sms]
+        table.add_row(f"{way.name}, {way.num_warps} warps", *(f"{rate:.0f}" for rate in rates))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
