@@ -43,8 +43,7 @@ EP_DEVICE void zero_row(const Received& out, int row, int row_bytes) {
 // Rows between an expert's last one and the next expert's first; the warps of the team take them in turn.
 EP_DEVICE void zero_padding(int row_bytes, int experts_per_rank, int alignment, const Tables& tables, int warp,
                             const Blocks& team, const Received& out) {
-  const int block_warps = device::num_threads() / 32, num_warps = team.count * block_warps;
-  const int first = team.own() * block_warps + warp;
+  const int num_warps = team.count * device::num_threads() / 32, first = spread(team, warp);
   EP_NO_UNROLL
   for (int e = 0; e < experts_per_rank; ++e) {
     const int start = tables.expert_row[e], count = tables.coming[e];  // source 0's rows come first

@@ -125,7 +125,9 @@ EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, int piece_byte
   const Received& out = landing.out;
   constexpr From kPeers = kInPlace ? From::kPeersInPlace : From::kPeers;
   Arrivals peers(landing.window, landing.epoch, landing.tables, landing.patience, kPeers, warp, num_warps);
-  Arrivals own(landing.window, landing.epoch, landing.tables, landing.patience, From::kSelf, warp, num_warps);
+  // From the other end: of few rows, no warp has one of each kind while another has none.
+  const int across = num_warps - 1 - warp;
+  Arrivals own(landing.window, landing.epoch, landing.tables, landing.patience, From::kSelf, across, num_warps);
   Loader<kInPlace> loader(landing, piece_bytes);
   bool own_first = false;
 

@@ -130,11 +130,11 @@ EP_DEVICE void route_step(const Router& router, uint32_t epoch, const Abreast& a
   label_tokens(router, epoch, abreast, first, routed, selection.rank, position);
 }
 
-// `loaded`: what load_routed says of the first steps.
 template <PlacesFrom kFrom>
-EP_DEVICE void route(const Router& router, uint32_t epoch, Range share, const Abreast& abreast, RoutedSteps loaded) {
+EP_DEVICE void route(const Router& router, uint32_t epoch, Range share) {
   const Window& window = router.window;
   const WarpCounts& counts = router.counts;
+  const Abreast abreast(router.routing.num_topk);
   const int lane = device::lane_idx(), warp = router.warp;
   // Of 32 tokens, each lane has the words of one in the end.
   int end = min_of(share.begin + 32, share.end);
@@ -145,7 +145,7 @@ EP_DEVICE void route(const Router& router, uint32_t epoch, Range share, const Ab
     device::sync_warp();
     EP_NO_UNROLL
     for (int first = begin; first < end; first += kStepsAhead * abreast.tokens) {
-      if (first != share.begin) loaded = load_routed<kFrom>(router, abreast, first, end);
+      RoutedSteps loaded = load_routed<kFrom>(router, abreast, first, end);
       const int last = min_of(first + kStepsAhead * abreast.tokens, end);
       EP_NO_UNROLL
       for (int at = first; at < last; at += abreast.tokens) {

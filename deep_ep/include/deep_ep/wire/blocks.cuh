@@ -14,6 +14,10 @@ struct Blocks {
   EP_DEVICE bool has_own() const { return own() >= 0 && own() < count; }
 };
 
+// The number in its team of a warp that is the `warp`-th of its block, if neighbours are to be in different blocks: so a
+// few rows are spread over all SMs, each of which moves only so much.
+EP_DEVICE int spread(const Blocks& team, int warp) { return warp * team.count + team.own(); }
+
 EP_DEVICE bool sends(int num_send_blocks) { return device::block_idx() < num_send_blocks; }
 
 // From block `first` to the launch's last.
