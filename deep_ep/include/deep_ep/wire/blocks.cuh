@@ -14,8 +14,8 @@ struct Blocks {
   EP_DEVICE bool has_own() const { return own() >= 0 && own() < count; }
 };
 
-// The number in its team of a warp that is the `warp`-th of its block, if neighbours are to be in different blocks: so a
-// few rows are spread over all SMs, each of which moves only so much.
+// The number of a block's warp among all warps of its team. Neighbours are in different blocks: so few rows are spread
+// over all SMs, each of which moves only so much.
 EP_DEVICE int spread(const Blocks& team, int warp) { return warp * team.count + team.own(); }
 
 EP_DEVICE bool sends(int num_send_blocks) { return device::block_idx() < num_send_blocks; }
