@@ -23,7 +23,7 @@ lint: tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	find deep_ep -regex '.*\.\(cuh\|hpp\|cpp\)' -exec $(BIN)/clang-format --dry-run -Werror {} +
+	find deep_ep benchmarks -regex '.*\.\(cuh\|hpp\|cpp\)' -exec $(BIN)/clang-format --dry-run -Werror {} +
 
 # Speed, on a host with GPUs.
 bench: plots

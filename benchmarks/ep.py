@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -117,11 +116,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    if "RANK" not in os.environ or torch.cuda.device_count() == 0:
-        sys.exit(
-            "benchmarks.ep needs GPUs, and a rank for each: torchrun --standalone --nproc-per-node 2 -m benchmarks.ep"
-        )
-    group, device = join()
+    group, device = join("benchmarks.ep")
     largest = max([*arguments.prefill, *arguments.decode, -(-2 * COPY_BYTES // (2 * arguments.hidden))])
     buffer = Shape.of(arguments, largest).build(group)
     failed = False

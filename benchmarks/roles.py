@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--try-sums", action="append", default=[])
     parser.add_argument("--iterations", type=int, default=11)
     arguments = parser.parse_args()
-    group, device = join()
+    group, device = join("benchmarks.roles")
     shape = Shape.of(arguments, arguments.tokens)
     buffer = shape.build(group)
     endpoint = buffer._endpoint

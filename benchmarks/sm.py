@@ -1,9 +1,10 @@
 """What one SM loads, stores and copies, and many at once: of which every call has a floor of its own.
 
-    python -m benchmarks.sm --sms 1,16,24,48
+    python -m benchmarks.sm --sms 1,16,24,48 --json sm.json
 
 On one GPU, without peers: rows in any order from memory that no cache holds, to rows in order. GB/s of each SM, by the
-copy engine's rings and by threads; a launch of a few microseconds is in it. What is copied counts once.
+copy engine's rings and by threads; a launch of a few microseconds is in it. What is copied counts once. Of memory: what
+is read and written with the last number of SMs, over what the copy engine reads and writes in the same run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import enum
+import functools
+import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ep import numbers
+from benchmarks.ep import numbers, writable
+from deep_ep import plan
 from deep_ep.jit import Built, Kernel, Nvrtc, build
 
 ROWS, ROW_BYTES = 8192, 7168
@@ -29,6 +33,7 @@ FROM_ROWS = 8 * ROWS  # to be drawn from: several times any L2
 FLUSH_BYTES = 512 << 20
 HOST_AHEAD_CYCLES = 200_000  # in which the host has launched what is timed
 REPEATS = 11
+SHARED_LIMIT = 227 << 10  # of a block, on the GPUs that this is for
 STAGES = 3
 
 
@@ -73,8 +78,9 @@ class Way:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block's rings: rows, and what the ring keeps beside each (deep_ep/phases/ring.cuh)."""
-        return 0 if self.by is By.THREADS else self.num_warps * STAGES * (ROW_BYTES + 64)
+        """Of a block's rings."""
+        crew = plan.Crew(self.num_warps, STAGES, 1)
+        return 0 if self.by is By.THREADS else plan.ring(crew, SHARED_LIMIT, ROW_BYTES, tail_bytes=0).rings_bytes
 
 
 WAYS = [
@@ -105,7 +111,7 @@ class Mover:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
 
     def prepare(self, way: Way) -> Callable[[int], None]:
-        """A launch of so many blocks. Copies are looked at once."""
+        """A launch of so many blocks. What copies leave behind is looked at."""
         major, minor = torch.cuda.get_device_capability(self.device)
         module = self._call("cuModuleLoadData", compiled(way, f"sm_{major}{minor}a").code)
         function = self._call("cuModuleGetFunction", module, way.kernel.entry.encode())
@@ -114,30 +120,38 @@ class Mover:
         args = MoveArgs(self._from.data_ptr(), self._to.data_ptr(), self._order.data_ptr(), ROWS)
         pointer = (ctypes.c_void_p * 1)(ctypes.addressof(args))
 
-        def launch(blocks: int, _keep: Any = args) -> None:
+        def launch(blocks: int) -> None:
+            assert args  # the pointer does not keep it
             stream = torch.cuda.current_stream(self.device).cuda_stream
             block = (32 * way.num_warps, 1, 1)
             address = ctypes.addressof(pointer)
             self._call("cuLaunchKernel", function, blocks, 1, 1, *block, way.shared_bytes, stream, address, 0)
 
         if way.loads and way.stores:
-            launch(1)
-            assert torch.equal(self._to, self._from[self._order.long()]), way.name
+            for blocks in (1, 7):
+                self._to.zero_()
+                launch(blocks)
+                assert torch.equal(self._to, self._from[self._order.long()]), (way.name, blocks)
         return launch
 
-    def times(self, launch: Callable[[int], None], blocks: int) -> list[float]:
-        """Microseconds."""
+    def memory_gbs(self) -> float:
+        """What the copy engine reads and writes."""
+        return 2 * FLUSH_BYTES / self.median(lambda: self._flush.clone()) / 1e3
+
+    def median(self, launch: Callable[[], Any]) -> float:
+        """Microseconds, nothing of it in a cache."""
+        launch()
         times = []
         for _ in range(REPEATS):
-            self._flush.zero_()
+            self._flush.view(torch.int64).sum()  # read, so that nothing of it has to be written back meanwhile
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda._sleep(HOST_AHEAD_CYCLES)
             start.record()
-            launch(blocks)
+            launch()
             end.record()
             torch.cuda.synchronize()
             times.append(start.elapsed_time(end) * 1e3)
-        return times
+        return statistics.median(times)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *values = getattr(self._driver, name)(*arguments)
@@ -148,17 +162,26 @@ class Mover:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sms", type=numbers, default=[1, 16, 24, 48], help="numbers of SMs, each with a block")
-    all_sms = parser.parse_args().sms
+    parser.add_argument("--json", type=writable, help="a file for all that was measured")
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.sm needs a GPU, and torch sees none")
     mover = Mover()
-    name = torch.cuda.get_device_name(mover.device)
-    table = Table("GB/s of each SM", *map(str, all_sms), title=f"{name}: {ROWS} rows of {ROW_BYTES} bytes")
+    facts = {"device": torch.cuda.get_device_name(mover.device), "torch": torch.__version__}
+    facts |= {"rows": ROWS, "row_bytes": ROW_BYTES, "memory_gbs": round(mover.memory_gbs(), 1)}
+    title = "{device}: {rows} rows of {row_bytes} bytes; memory {memory_gbs} GB/s".format_map(facts)
+    table = Table("GB/s of each SM", *map(str, arguments.sms), "of memory", title=title)
+    found = {}
     for way in WAYS:
         launch = mover.prepare(way)
-        rates = [ROWS * ROW_BYTES / statistics.median(mover.times(launch, sms)) / 1e3 / sms for sms in all_sms]
-        table.add_row(f"{way.name}, {way.num_warps} warps", *(f"{rate:.0f}" for rate in rates))
+        times = [mover.median(functools.partial(launch, sms)) for sms in arguments.sms]
+        rates = [ROWS * ROW_BYTES / time / 1e3 / sms for sms, time in zip(arguments.sms, times, strict=True)]
+        found[way.name] = dict(zip(arguments.sms, rates, strict=True))
+        of_memory = rates[-1] * arguments.sms[-1] * (way.loads + way.stores) / facts["memory_gbs"]
+        table.add_row(f"{way.name}, {way.num_warps} warps", *(f"{rate:.0f}" for rate in rates), f"{of_memory:.0%}")
     Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"facts": facts, "gbs_of_each_sm": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ REGISTERED_BESIDE = 1 << 20  # bytes, for what lies beside the rows of a call
 ALIGNMENT = 128  # of the expanded layout, as grouped GEMMs of FP8 want it
 
 
-def join() -> tuple[dist.ProcessGroup, torch.device]:
-    """Join the ranks of a torchrun job, a GPU each."""
+def join(module: str) -> tuple[dist.ProcessGroup, torch.device]:
+    """Join the ranks of a torchrun job, a GPU each; or end with how to start ``module``."""
+    if "RANK" not in os.environ or torch.cuda.device_count() == 0:
+        sys.exit(f"{module} needs GPUs, and a rank for each: torchrun --standalone --nproc-per-node 2 -m {module}")
     rank = int(os.environ["RANK"])
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)

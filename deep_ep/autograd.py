@@ -135,7 +135,7 @@ def _numbers(
         return num_experts, max_tokens, alignment
     return (
         validate.is_expert_count(num_experts, buffer.num_ranks),
-        validate.is_count("num_max_tokens_per_rank", max_tokens, 1, advice="give it to the buffer or to the call"),
+        validate.is_max_tokens(max_tokens),
         validate.is_count("expert_alignment", alignment, 1, validate.MAX_ALIGNMENT),
     )
 

@@ -102,7 +102,7 @@ class ElasticBuffer(Later):
         validate.is_count("num_cpu_bytes", num_cpu_bytes, 0)
         validate.is_count("sl_idx", sl_idx, 0, validate.MAX_SERVICE_LEVEL)
         num_allocated_qps = validate.is_count("num_allocated_qps", num_allocated_qps, 0)
-        num_max_tokens_per_rank = validate.is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 0)
+        num_max_tokens_per_rank = validate.is_max_tokens(num_max_tokens_per_rank, 0)
         sized_by_topk = None
         if num_bytes is None:
             settings = validate.window_settings(num_max_tokens_per_rank, hidden, num_topk)
@@ -223,7 +223,7 @@ class ElasticBuffer(Later):
             num_scaleout_topk, rdma_gbs: do not matter without a network.
             nvlink_gbs: GB/s that kernels reach over the GPU's links in one direction; 0 stands for EP_NVLINK_GBS, or
                 what NVML tells of the links.
-            sm_read_gbs, sm_write_gbs: GB/s of one SM; in proportion to 200 and 50, which stand for an H200's.
+            sm_read_gbs, sm_write_gbs: GB/s of one SM; in proportion to 200 and 50, those that the model knows.
         """
         speeds = {"nvlink_gbs": nvlink_gbs, "sm_read_gbs": sm_read_gbs, "sm_write_gbs": sm_write_gbs}
         for name, gbs in speeds.items():

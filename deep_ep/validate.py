@@ -6,7 +6,6 @@ what to do.
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from collections.abc import Sequence
@@ -24,6 +23,8 @@ MAX_ALIGNMENT = 1 << 16  # rows; aligned counts of all experts stay far inside 3
 MAX_SERVICE_LEVEL = 15  # of InfiniBand
 ROW_ELEMENTS = 8  # of bfloat16, whose rows are multiples of 16 bytes
 YEAR = 365 * 24 * 3600  # seconds
+SLOWEST_GBS, FASTEST_GBS = 0.001, 1_000_000
+LARGEST = 2**63 - 1  # what torch takes for an int
 
 # Fixed at import; a malformed value is reported when a buffer is built.
 topk_idx_t = torch.int32 if NUM_TOPK_IDX_BITS == 32 else torch.int64
@@ -117,30 +118,31 @@ def is_timeout(name: str, value: Any) -> float:
     """Seconds, more than 0 and at most a year."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number of seconds, but it is a {type(value).__name__}")
-    seconds = float(value)
-    if not 0 < seconds <= YEAR:
+    if value <= 0 or not value <= YEAR:  # as for NaN
         raise ValueError(f"{name} must be more than 0 and at most {YEAR} seconds, but it is {value}")
-    return seconds
+    return float(value)
 
 
 def is_speed(name: str, value: Any, may_be_0: bool) -> None:
-    """GB/s, more than 0, or 0 for "unknown" where that is an answer."""
+    """GB/s, in the range of what there may be, or 0 for "unknown" where that is an answer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number of GB/s, but it is a {type(value).__name__}")
-    if not (0 < float(value) < math.inf or (may_be_0 and value == 0)):
-        raise ValueError(f"{name} must be a number of GB/s more than 0, but it is {value}")
+    if not (value <= FASTEST_GBS and not value < SLOWEST_GBS) and not (may_be_0 and value == 0):
+        or_0 = ", or 0 for what the machine tells" if may_be_0 else ""
+        raise ValueError(f"{name} must be from {SLOWEST_GBS} to {FASTEST_GBS} GB/s{or_0}, but it is {value}")
 
 
 def is_count(name: str, value: Any, low: int, high: int | None = None, advice: str = "") -> int:
-    """A whole number in [low, high], of any integer type (NumPy's among them), as an int."""
+    """A whole number in [low, high], of any integer type (NumPy's among them), as an int; of 64 bits in any case."""
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, but it is a {type(value).__name__}")
-    if number < low or (high is not None and number > high):
+    if number < low or number > (LARGEST if high is None else high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        bounds += " and less than 2**63" if high is None and number > LARGEST else ""
         raise ValueError(f"{name} must be {bounds}, but it is {number}{'; ' + advice if advice else ''}")
     return number
 
@@ -160,16 +162,21 @@ def window_settings(num_max_tokens_per_rank: Any, hidden: Any, num_topk: Any) ->
     """The three that a window's size follows from."""
     advice = "or pass num_bytes"
     return (
-        is_count("num_max_tokens_per_rank", num_max_tokens_per_rank, 1, advice=advice),
+        is_max_tokens(num_max_tokens_per_rank, 1, advice),
         is_hidden(hidden, advice),
         is_count("num_topk", num_topk, 0, MAX_TOPK),
     )
 
 
+def is_max_tokens(value: Any, low: int = 1, advice: str = "give it to the buffer or to the call") -> int:
+    """Of a rank in one call."""
+    is_count("num_max_tokens_per_rank", value, low, advice=advice)
+    return is_count("num_max_tokens_per_rank", value, low, MAX_TOKENS - 1, "split the call")
+
+
 def fitting_tokens(max_tokens: Any, num_tokens: int) -> int:
     """``max_tokens``, after seeing that the call has no more."""
-    most = is_count("num_max_tokens_per_rank", max_tokens, 1, advice="give it to the buffer or to the call")
-    is_count("num_max_tokens_per_rank", most, 1, MAX_TOKENS - 1, advice="split the call")
+    most = is_max_tokens(max_tokens)
     if num_tokens > most:
         raise ValueError(
             f"x has {num_tokens} tokens but num_max_tokens_per_rank is {most}; raise it on every rank or split the call"

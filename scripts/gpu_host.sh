@@ -137,7 +137,7 @@ step_bench_check() { # against the committed reference; a new one, to be committ
   ranks 2 -m benchmarks.ep --reference benchmarks/reference.json --write-reference "$logs/reference.json"
 }
 step_bench_model() { ranks 2 -m benchmarks.ep --check-model --json "$logs/bench_model.json"; }
-step_bench_sm() { python3 -m benchmarks.sm; }
+step_bench_sm() { python3 -m benchmarks.sm --json "$logs/bench_sm.json"; }
 
 known() { awk -v what="$1" 'NF && (what == "" || $1 == what || $2 == what)' <<<"$STEPS"; } # lines of STEPS
 limit_of() { awk -v step="$1" '$1 == step { print $3 }' <<<"$STEPS"; }

@@ -329,23 +329,20 @@ def _counted(call: Call, found: Found) -> DispatchResult:
     """
     endpoint, request, args = call.endpoint, call.request, call.args
     planned, routing, expand = request.plan, request.routing, request.expand
-    room, outputs = _make_room(call)
-    first, second = planned.apart
-    if room is not None and planned.together is not None:
-        first, second = planned.together
-        args.least.rows, args.least.expanded_rows = room.least
+    made = _make_room(call)
+    first, second = planned.apart if made is None else made.parts
     args.host_words = endpoint.host_counts.expect()
-    call.launch((first,), (), (*found.tensors, *(outputs.tensors if outputs is not None else ())))
-    handle = None if outputs is None or room is None else _handle_of(call, found, outputs, room.most, [])
+    call.launch((first,), (), (*found.tensors, *(() if made is None else made.outputs.tensors)))
+    handle = None if made is None else _handle_of(call, found, made.outputs, made.room.most, [])
 
     told = endpoint.wait_for_counts(routing.num_experts // endpoint.num_ranks, routing.alignment)
     sizes = Sizes(told.rows, told.num_selections)
     planned.expected.note(sizes)
-    if handle is not None and outputs is not None and room is not None and room.holds(sizes):
-        outputs.shrink(sizes.tokens, sizes.expanded if expand else sizes.tokens)
+    if made is not None and handle is not None and made.room.holds(sizes):
+        made.outputs.shrink(sizes.tokens, sizes.expanded if expand else sizes.tokens)
         handle.hold(sizes.tokens, sizes.expanded, told.selections.tolist())
-        return _wrap(call, found, outputs, handle)
-    handle = outputs = None  # what they had may serve at once: no stream is said to use it
+        return _wrap(call, found, made.outputs, handle)
+    made = handle = None  # what they had may serve at once: no stream is said to use it
     outputs = call.allocate(sizes)
     call.order.wait_for(request.timing.previous_event_before_epilogue)
     args.host_words = None
@@ -393,20 +390,30 @@ def _handle_of(call: Call, found: Found, outputs: Outputs, sizes: Sizes, selecti
     )
 
 
-def _make_room(call: Call) -> tuple[Room, Outputs] | tuple[None, None]:
-    """Memory for what is expected, if anything is, and if it may be written at once."""
-    request = call.request
-    if request.plan.together is None or is_recorded(request.timing.previous_event_before_epilogue):
-        return None, None
+class Made(NamedTuple):
+    """Memory for what is expected."""
+
+    room: Room
+    outputs: Outputs
+    parts: tuple[Part, Part]  # what is launched at once, and behind it if the room does not do
+
+
+def _make_room(call: Call) -> Made | None:
+    """If anything is expected, and may be written at once. The kernel knows of it then."""
+    request, parts = call.request, call.request.plan.together
+    if parts is None or is_recorded(request.timing.previous_event_before_epilogue):
+        return None
     if request.col_major_scales:  # the number of rows decides where its columns lie
-        return None, None
+        return None
     room = request.plan.expected.room(request.expand)
     if room is None:
-        return None, None
+        return None
     try:
-        return room, call.allocate(room.most)
+        made = Made(room, call.allocate(room.most), parts)
     except torch.OutOfMemoryError:  # for what really comes there may be enough
-        return None, None
+        return None
+    call.args.least.rows, call.args.least.expanded_rows = room.least
+    return made
 
 
 def _follow_routes(call: Call, handle: EPHandle) -> DispatchResult:

@@ -9,12 +9,13 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import ep, gate, sm
+from benchmarks import ep, gate, roles, sm
 from benchmarks.ceilings import Ceilings
 from benchmarks.report import Reading, Report, panels_of
 from benchmarks.timing import MODES, kernel_times
@@ -343,11 +344,14 @@ def test_what_is_refused(options: list[str], complaint: str, capsys: pytest.Capt
     assert complaint in capsys.readouterr().err
 
 
-def test_without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module", [ep, roles])
+def test_without_ranks(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr("sys.argv", ["benchmarks.ep"])
-    with pytest.raises(SystemExit, match="needs GPUs, and a rank for each: torchrun"):
-        ep.main()
+    monkeypatch.setattr("sys.argv", [module.__name__])
+    with pytest.raises(
+        SystemExit, match=f"{module.__name__} needs GPUs, and a rank for each: torchrun .* {module.__name__}"
+    ):
+        module.main()
 
 
 def test_usual_sizes_are_those_of_the_issue() -> None:
@@ -370,7 +374,6 @@ def test_what_an_sm_moves_compiles(way: sm.Way) -> None:
     resources = sm.compiled(way, "sm_90a").resources
     assert resources is not None
     assert not resources.uses_local_memory
-    assert way.shared_bytes <= 227 << 10
 
 
 def test_what_an_sm_moves_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_each_kind_of_call_has_its_own_number(
     machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, with_gradients: bool, adds_first: bool
 ) -> None:
     """Where nobody says one; what the dispatch was told, its combine and its gradient take too."""
-    machine.num_sms, sms = 132, {kind: 70 + i for i, kind in enumerate(Kind)}
+    machine.num_sms, sms = 132, {kind: max(sm_model.FEW_TOKENS_SMS.values()) + i for i, kind in enumerate(Kind)}
     monkeypatch.setattr(sm_model, "table", lambda *_: {kind: (0, 0, sms[kind]) for kind in Kind})  # of 2 selections
     buffer = build(allow_multiple_reduction=adds_first)
     idx = torch.tensor([[0, 1]] * 3, dtype=deep_ep.topk_idx_t)
@@ -306,8 +306,12 @@ def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: py
     assert build().get_theoretical_num_sms(256, 8) == 20
     monkeypatch.setenv("EP_NVLINK_GBS", "100")
     assert build().get_theoretical_num_sms(256, 8) == 4
-    with pytest.raises(ValueError, match="sm_write_gbs must be a number of GB/s more than 0, but it is 0"):
+    with pytest.raises(ValueError, match=r"sm_write_gbs must be from 0.001 to 1000000 GB/s, but it is 0"):
         build().get_theoretical_num_sms(256, 8, sm_write_gbs=0)
+    with pytest.raises(
+        ValueError, match=r"nvlink_gbs must be from .* GB/s, or 0 for what the machine tells, but it is -1"
+    ):
+        build().get_theoretical_num_sms(256, 8, nvlink_gbs=-1)
 
 
 def test_analytic_num_sms_is_what_a_call_takes(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:

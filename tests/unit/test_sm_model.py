@@ -215,7 +215,12 @@ FEW_ON_H100 = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "tokens", "times"), [(*key, t) for few in (FEW, FEW_ON_H100) for key, t in few.items()]
+    ("kind", "tokens", "times"),
+    [
+        pytest.param(*key, times, id=f"{host} {key[0].value} {key[1]}")
+        for host, few in (("H200", FEW), ("H100", FEW_ON_H100))
+        for key, times in few.items()
+    ],
 )
 def test_the_choice_for_few_tokens(kind: Kind, tokens: int, times: dict[int, float]) -> None:
     assert times[sm_model.of_few(kind, tokens)] <= min(times.values()) * (1 + WITHIN)
@@ -289,7 +294,16 @@ def test_speeds_of_a_machine() -> None:
     assert Speeds.of(None, None, None) == H200
     same = Speeds.of(None, 18 * 26.5625, 4916.7)
     assert (same.link, same.memory) == (365.0, pytest.approx(4248.0))
+    assert (H100.load, H100.store) == (
+        pytest.approx(0.944 * H200.load, rel=1e-3),
+        pytest.approx(0.944 * H200.store, rel=1e-3),
+    )
+    assert (H100.add, H100.fetch) == (
+        pytest.approx(0.944 * H200.add, rel=1e-3),
+        pytest.approx(0.944 * H200.fetch, rel=1e-3),
+    )
     faster = Speeds.of(None, 18 * 53.125, 2 * 4916.7)
+    assert (faster.load, faster.store, faster.add, faster.fetch) == (H200.load, H200.store, H200.add, H200.fetch)
     assert (faster.link, faster.memory) == (730.0, pytest.approx(8496.0))
     assert Speeds.of(100.0, 18 * 53.125, None).link == 100.0
 

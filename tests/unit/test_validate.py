@@ -97,6 +97,8 @@ def test_count() -> None:
     ):
         refused(kind, text, validate.is_count, "num_sms", value, 1, 24, "take fewer")
     refused(ValueError, "num_sms must be at least 0, but it is -1", validate.is_count, "num_sms", -1, 0)
+    too_large = "num_sms must be at least 0 and less than 2**63, but it is 1000000000000000000000000000000"
+    refused(ValueError, too_large, validate.is_count, "num_sms", 10**30, 0)
 
 
 def test_expert_count() -> None:

@@ -50,7 +50,7 @@ EP_DEVICE void send(const CombineArgs& a, uint32_t epoch, Mailbox& box) {
   using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
   char* rings = device::shared_memory<char>(Mailbox::bytes(C.num_send_warps));
   const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.stage_bytes);
-  const Team crew{spread({0, a.num_send_blocks}, warp), a.num_send_blocks * C.num_send_warps};
+  const Team crew = across({0, a.num_send_blocks}, warp, C.num_send_warps);
   // A first number of its own takes a register more than who adds rows has.
   const Team team = C.returned == Return::kSum ? Team{} : crew;
   push_rows<C.returned, kBy>(ring, a.window, a.results, a.routing.max_tokens, a.piece_bytes, epoch, a.patience, team,

@@ -58,7 +58,8 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
   hear_answer();
   if (tables.is(Ok::kCounts) && tables.is(Ok::kAgrees)) {  // nobody takes them back any more
     if (kFrom == PlacesFrom::kSelections) publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
-    route<kFrom>({a.window, a.routing, a.weights, a.slots, counts, tables, warp}, epoch, share);
+    const Router router{a.window, a.routing, a.weights, a.slots, counts, tables, warp};
+    route<kFrom>(router, epoch, share);
   }
   device::fence_async_proxy_shared();  // the rings take over the memory of the counts
 }
@@ -137,7 +138,7 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     if (sender && good && warp < C.num_send_warps) {
       using SendRing = Ring<C.num_send_stages, C.num_send_storing>;
       const SendRing ring = SendRing::at(rings, warp, C.num_send_warps, a.send_stage_bytes);
-      const Team team{spread({0, a.num_send_blocks}, warp), a.num_send_blocks * C.num_send_warps};
+      const Team team = across({0, a.num_send_blocks}, warp, C.num_send_warps);
       scatter(ring, a.window, a.routing, a.rows, a.scales, a.record, a.send_piece_bytes, epoch, boxes[warp], team);
     } else if (sender && good && warp < 2 * C.num_send_warps) {
       announce(a.window, epoch, boxes[warp - C.num_send_warps]);
@@ -148,11 +149,10 @@ EP_DEVICE void dispatch(const DispatchArgs& a) {
     if (warp < C.num_receive_warps) {
       using ReceiveRing = Ring<C.num_receive_stages, C.num_receive_storing>;
       const ReceiveRing ring = ReceiveRing::at(rings, warp, C.num_receive_warps, a.receive_stage_bytes);
-      copy_out<C.in_place>(ring, landing, a.receive_piece_bytes, spread(receivers, warp),
-                           receivers.count * C.num_receive_warps);
+      copy_out<C.in_place>(ring, landing, a.receive_piece_bytes, across(receivers, warp, C.num_receive_warps));
     } else {
       const int num_landing = device::num_threads() / 32 - C.num_receive_warps;
-      land(landing, spread(receivers, warp - C.num_receive_warps), receivers.count * num_landing);
+      land(landing, across(receivers, warp - C.num_receive_warps, num_landing));
     }
     blank(a.window, a.routing, a.record, a.alignment, tables, warp, receivers, a.received);
   }

@@ -7,6 +7,7 @@
 // leaves behind (to the warp) a whole record, that the copy engine may read
 
 #include <deep_ep/phases/tables.cuh>
+#include <deep_ep/wire/blocks.cuh>
 #include <deep_ep/wire/integers.cuh>
 #include <deep_ep/wire/phase.cuh>
 #include <deep_ep/wire/window.cuh>
@@ -27,8 +28,14 @@ class Arrivals {
   };
 
   EP_DEVICE Arrivals(const Window& window, uint32_t epoch, const Tables& tables, const device::Patience& patience,
-                     From from, int first, int step)
-      : window_(window), epoch_(epoch), tables_(tables), patience_(patience), from_(from), step_(step), ahead_(first) {
+                     From from, const Team& team)
+      : window_(window),
+        epoch_(epoch),
+        tables_(tables),
+        patience_(patience),
+        from_(from),
+        step_(team.count),
+        ahead_(team.own) {
     const int source = device::lane_idx();
     const bool counts = source < window.num_ranks && (source == window.rank) == (from == From::kSelf);
     items_ = device::reduce_max(counts ? tables.tokens_of[source] : 0) * num_sources();

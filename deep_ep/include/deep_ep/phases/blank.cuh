@@ -41,15 +41,14 @@ EP_DEVICE void zero_row(const Received& out, int row, int row_bytes) {
 }
 
 // Rows between an expert's last one and the next expert's first; the warps of the team take them in turn.
-EP_DEVICE void zero_padding(int row_bytes, int experts_per_rank, int alignment, const Tables& tables, int warp,
-                            const Blocks& team, const Received& out) {
-  const int num_warps = team.count * device::num_threads() / 32, first = spread(team, warp);
+EP_DEVICE void zero_padding(int row_bytes, int experts_per_rank, int alignment, const Tables& tables, const Team& team,
+                            const Received& out) {
   EP_NO_UNROLL
   for (int e = 0; e < experts_per_rank; ++e) {
     const int start = tables.expert_row[e], count = tables.coming[e];  // source 0's rows come first
     const int end = min_of(start + align_up(count, alignment), out.expanded_rows);
     EP_NO_UNROLL
-    for (int row = start + count + first; row < end; row += num_warps) zero_row(out, row, row_bytes);
+    for (int row = start + count + team.own; row < end; row += team.count) zero_row(out, row, row_bytes);
   }
 }
 
@@ -57,7 +56,9 @@ EP_DEVICE void blank(const Window& window, const Routing& routing, const Record&
                      const Tables& tables, int warp, const Blocks& team, const Received& out) {
   blank_unused(routing, tables.row_base[window.num_ranks], team, out);
   if (out.layout == Layout::kExpanded && out.padding == Padding::kZero) {
-    zero_padding(record.row_bytes, routing.experts_per_rank, alignment, tables, warp, team, out);
+    // The last warps of each block land what is said of tokens, and are done before those that copy rows.
+    const Team warps = across(team, warp, device::num_threads() / 32).backwards();
+    zero_padding(record.row_bytes, routing.experts_per_rank, alignment, tables, warps, out);
   }
 }
 

@@ -8,14 +8,10 @@
 // leaves behind numbers that no other warp of this rank got in this operation (retire starts them anew)
 
 #include <deep_ep/device/device.cuh>
+#include <deep_ep/wire/blocks.cuh>
 #include <deep_ep/wire/window.cuh>
 
 namespace deep_ep {
-
-// Warps that begin with numbers of their own.
-struct Team {
-  int own = -1, count = 0;  // this warp's number, and how many there are; unless given, there is no team
-};
 
 // Numbers 0, 1, 2, ... divided among the warps that share a queue. A warp asks for the next one while the last is in
 // use. In a team each begins with its own number, so that nobody waits for the first; then all who share the queue are

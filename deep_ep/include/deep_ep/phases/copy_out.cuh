@@ -121,13 +121,12 @@ class Loader {
 };
 
 template <bool kInPlace, class Ring>
-EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, int piece_bytes, int warp, int num_warps) {
+EP_DEVICE void copy_out(const Ring& ring, const Landing& landing, int piece_bytes, const Team& team) {
   const Received& out = landing.out;
   constexpr From kPeers = kInPlace ? From::kPeersInPlace : From::kPeers;
-  Arrivals peers(landing.window, landing.epoch, landing.tables, landing.patience, kPeers, warp, num_warps);
-  // From the other end: of few rows, no warp has one of each kind while another has none.
-  const int across = num_warps - 1 - warp;
-  Arrivals own(landing.window, landing.epoch, landing.tables, landing.patience, From::kSelf, across, num_warps);
+  // Own rows from the other end: of few, no warp has one of each kind while another has none.
+  Arrivals peers(landing.window, landing.epoch, landing.tables, landing.patience, kPeers, team);
+  Arrivals own(landing.window, landing.epoch, landing.tables, landing.patience, From::kSelf, team.backwards());
   Loader<kInPlace> loader(landing, piece_bytes);
   bool own_first = false;
 

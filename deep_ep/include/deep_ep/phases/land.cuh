@@ -10,6 +10,7 @@
 #include <deep_ep/phases/payload.cuh>
 #include <deep_ep/phases/ring.cuh>
 #include <deep_ep/phases/tables.cuh>
+#include <deep_ep/wire/blocks.cuh>
 #include <deep_ep/wire/integers.cuh>
 #include <deep_ep/wire/phase.cuh>
 #include <deep_ep/wire/record.cuh>
@@ -141,7 +142,7 @@ EP_DEVICE bool land_selections(const Landing& landing, const Expected& seen, uin
 
 // All tokens of all sources, as many side by side as a warp holds: the first ones of every source, then the next ones,
 // ...
-EP_DEVICE void land(const Landing& landing, int warp, int num_warps) {
+EP_DEVICE void land(const Landing& landing, const Team& team) {
   const Abreast abreast(landing.routing.num_topk);
   const int num_ranks = landing.window.num_ranks, lane = device::lane_idx();
   const int most = device::reduce_max(lane < num_ranks ? landing.tables.tokens_of[lane] : 0);
@@ -153,11 +154,11 @@ EP_DEVICE void land(const Landing& landing, int warp, int num_warps) {
     expected.look(landing);
     return expected;
   };
-  Expected next = expect(warp);
+  Expected next = expect(team.own);
   EP_NO_UNROLL
-  for (int item = warp; item < items; item += num_warps) {
+  for (int item = team.own; item < items; item += team.count) {
     const Expected seen = next;
-    next = expect(item + num_warps);  // its words are on their way while these are landed
+    next = expect(item + team.count);  // its words are on their way while these are landed
     if (!land_selections(landing, seen, abreast.lanes())) return;
   }
 }

@@ -14,9 +14,18 @@ struct Blocks {
   EP_DEVICE bool has_own() const { return own() >= 0 && own() < count; }
 };
 
-// The number of a block's warp among all warps of its team. Neighbours are in different blocks: so few rows are spread
-// over all SMs, each of which moves only so much.
-EP_DEVICE int spread(const Blocks& team, int warp) { return warp * team.count + team.own(); }
+// One of several warps that divide work among themselves.
+struct Team {
+  int own = -1, count = 0;  // this warp's number, and how many there are; unless given, there is no team
+
+  EP_DEVICE Team backwards() const { return {count - 1 - own, count}; }
+};
+
+// The warp that is the `warp`-th of `num_warps` in each of the blocks. Neighbours are in different blocks: so few rows
+// are spread over all SMs, each of which moves only so much.
+EP_DEVICE Team across(const Blocks& blocks, int warp, int num_warps) {
+  return {warp * blocks.count + blocks.own(), num_warps * blocks.count};
+}
 
 EP_DEVICE bool sends(int num_send_blocks) { return device::block_idx() < num_send_blocks; }
 
