@@ -6,8 +6,8 @@ By what was measured (docs/performance.md, "How many SMs"), the time of a call w
 
 so it gains nothing from more SMs than work over the greater of the other two. All of them grow with the number of bytes
 on the link, and with nothing else that a call brings, so the number is one for all sizes of batches and all formats of
-rows; but combines of few tokens take more (``of_few``). An SM loads and stores one after the other (note 24 there), so
-its work is the sum of both.
+rows; but most calls of few tokens take more (``of_few``). An SM loads and stores one after the other (note 24 there),
+so its work is the sum of both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEMORY_REACHED = MEMORY_GBS / 4916.7
 # 0 to 8% more. The law goes through these two; nobody has measured a faster memory, which changes nothing.
 MEMORY_EXPONENT = 0.15
 
-FEW_TOKENS = 512
+VERY_FEW_TOKENS, FEW_TOKENS = 32, 512
 
 NOMINAL_SM_READ_GBS, NOMINAL_SM_WRITE_GBS = 200.0, 50.0  # the public interface's, of an SM that does both at a time
 
@@ -49,7 +49,13 @@ class Kind(enum.Enum):
     COMBINE_OF_EVERY_ROW = "combine of expanded rows, one by one"
 
 
-FEW_TOKENS_SMS = {Kind.COMBINE: 32, Kind.COMBINE_IN_PLACE: 32, Kind.COMBINE_OF_SUMS: 64}
+FEW_TOKENS_SMS = {
+    Kind.DISPATCH: 48,
+    Kind.EXPANDED_DISPATCH: 64,
+    Kind.COMBINE: 32,
+    Kind.COMBINE_IN_PLACE: 32,
+    Kind.COMBINE_OF_SUMS: 64,
+}
 EXPANDED = (Kind.EXPANDED_DISPATCH, Kind.EXPANDED_DISPATCH_IN_PLACE)
 DISPATCHES = (Kind.DISPATCH, Kind.DISPATCH_IN_PLACE, *EXPANDED)
 IN_PLACE = (Kind.DISPATCH_IN_PLACE, Kind.EXPANDED_DISPATCH_IN_PLACE, Kind.COMBINE_IN_PLACE)
@@ -166,10 +172,11 @@ def num_sms(kind: Kind, num_ranks: int, num_topk: int, speeds: Speeds) -> int:
 
 
 def of_few(kind: Kind, num_tokens: int) -> int:
-    """SMs that a call takes at least for so few tokens: combines are then limited by trips to memory, of which a warp
-    makes as many, one after the other, as it has pieces of rows to add, and as a sum has rows. Measured with 32 to 512
-    tokens of 14336 bytes (docs/performance.md, "How many SMs", "Few tokens")."""
-    return FEW_TOKENS_SMS.get(kind, 0) if num_tokens <= FEW_TOKENS else 0
+    """SMs that a call takes at least for so few tokens: it is then limited by trips to memory, of which a warp makes as
+    many, one after the other, as it has rows to copy, pieces of rows to add, and rows in a sum. With very few tokens no
+    warp has two. Measured with up to 512 tokens in combine, 128 and 256 in dispatch (docs/performance.md, "How many
+    SMs", "Few tokens")."""
+    return FEW_TOKENS_SMS.get(kind, 0) if VERY_FEW_TOKENS < num_tokens <= FEW_TOKENS else 0
 
 
 def table(num_ranks: int, speeds: Speeds, most: int) -> dict[Kind, tuple[int, ...]]:

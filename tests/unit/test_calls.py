@@ -275,24 +275,24 @@ def test_each_kind_of_call_has_its_own_number(
 
 @pytest.mark.parametrize("num_sms", [132, 20])
 @pytest.mark.parametrize("expand", [False, True])
-def test_a_combine_of_few_tokens_takes_more(machine: FakeMachine, num_sms: int, expand: bool) -> None:
-    """As many as the device has, at most, and none that the dispatch was not told."""
+def test_calls_of_few_tokens_take_more(machine: FakeMachine, num_sms: int, expand: bool) -> None:
+    """As many as the device has, at most, and none that they were not told."""
     machine.num_sms, tokens = num_sms, sm_model.FEW_TOKENS
-    kind = Kind.COMBINE_OF_SUMS if expand else Kind.COMBINE
-    few = min(sm_model.FEW_TOKENS_SMS[kind], num_sms)
+    kinds = (Kind.EXPANDED_DISPATCH, Kind.COMBINE_OF_SUMS) if expand else (Kind.DISPATCH, Kind.COMBINE)
     buffer = ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=tokens + 1, hidden=HIDDEN, num_topk=2)
+    enough = [buffer._endpoint.enough_sms[kind][1] for kind in kinds]
 
-    def taken(tokens: int, **told: int) -> int:
+    def taken(tokens: int, **told: int) -> list[int]:
         x, idx = torch.zeros(tokens, HIDDEN, dtype=torch.bfloat16), torch.zeros(tokens, 1, dtype=deep_ep.topk_idx_t)
         rows, _, _, handle, _ = buffer.dispatch(
             x, topk_idx=idx, num_experts=4, do_cpu_sync=False, do_expand=expand, **told
         )
         buffer.combine(rows, handle)
-        return machine.launches[-1][1]
+        return [num_blocks for _, num_blocks, _ in machine.launches[-2:]]
 
-    assert taken(tokens) == few
-    assert taken(tokens + 1) == buffer._endpoint.enough_sms[kind][1] < few
-    assert taken(tokens, num_sms=6) == 6
+    assert taken(tokens) == [min(sm_model.FEW_TOKENS_SMS[kind], num_sms) for kind in kinds] > enough
+    assert taken(tokens + 1) == taken(sm_model.VERY_FEW_TOKENS) == enough
+    assert taken(tokens, num_sms=6) == [6, 6]
 
 
 def test_analytic_num_sms_follows_the_link(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
