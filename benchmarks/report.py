@@ -1,10 +1,16 @@
-"""Readings of all ranks: a table on the terminal, JSON, a plot."""
+"""Readings of all ranks: a table on the terminal, JSON, a plot.
+
+A host that has no matplotlib writes JSON (``--json``), and another one draws it:
+
+    python -m benchmarks.report bench.json bench.png
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +124,21 @@ class Report:
             for each in self.readings
             for r in each
         ]
-        path.write_text(json.dumps({"facts": self.facts, "readings": readings}, indent=1))
+        found = {"title": self.title, "facts": self.facts, "readings": readings}
+        path.write_text(json.dumps(found, indent=1))
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """What ``write_json`` wrote."""
+        found = json.loads(path.read_text())
+        report, known = cls(found["title"], found["facts"]), {field.name for field in fields(Reading)}
+        for values in found["readings"]:
+            reading = Reading(**{name: value for name, value in values.items() if name in known})
+            reading = replace(reading, kernels=tuple(reading.kernels))
+            if reading.rank == 0:
+                report.readings.append([])
+            report.readings[-1].append(reading)
+        return report
 
     def write_plot(self, path: Path) -> None:
         """Time against SMs where there are several, else against tokens; a line a call, its floor dotted."""
@@ -128,9 +148,12 @@ class Report:
         from matplotlib import pyplot
 
         panels = panels_of([slowest(each) for each in self.readings])
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 5), squeeze=False)
+        names = list(dict.fromkeys(r.name for _, _, found in panels for r in found))
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=(1 + 5 * len(panels), 6), squeeze=False, layout="constrained"
+        )
         for axis, (title, along, readings) in zip(axes[0], panels, strict=True):
-            for i, name in enumerate(dict.fromkeys(r.name for r in readings)):
+            for i, name in enumerate(names):
                 line = sorted((r for r in readings if r.name == name), key=lambda r: getattr(r, along))
                 x = [getattr(r, along) for r in line]
                 axis.plot(x, [r.median for r in line], marker="o", color=f"C{i}", label=name)
@@ -138,13 +161,14 @@ class Report:
             ticks = sorted({getattr(r, along) for r in readings})
             if along == "tokens":
                 axis.set_xscale("log", base=2)
-            axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+            axis.set_xticks(ticks, labels=[str(tick) for tick in ticks], rotation="vertical")
             axis.set(title=title, xlabel={"sms": "SMs, all in", "tokens": "tokens a rank"}[along], ylim=(0, None))
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
         axes[0][0].set_ylabel("microseconds, end to end")
         figure.suptitle(f"{self.title}; dotted: the floor")
-        figure.tight_layout()
+        # Above no line, and one for all panels.
+        lines = [pyplot.Line2D([], [], marker="o", color=f"C{i}", label=name) for i, name in enumerate(names)]
+        figure.legend(handles=lines, loc="outside lower center", ncols=2 * len(panels))
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
 
@@ -197,3 +221,15 @@ def panels_of(readings: list[Reading]) -> list[tuple[str, str, list[Reading]]]:
             key = f"{reading.sms} SMs, {reading.mode}", "tokens"
         panels.setdefault(key, []).append(reading)
     return [(title, along, found) for (title, along), found in panels.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, help="what --json of benchmarks.ep has written")
+    parser.add_argument("png", type=Path, help="the picture to make of it")
+    arguments = parser.parse_args()
+    Report.read(arguments.json).write_plot(arguments.png)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,6 +52,7 @@ bench       speed      420
 bench_check speed      180
 bench_model speed      300
 bench_sm    speed       60
+bench_trace speed      100
 '
 
 ranks() { # ranks N ARGUMENT...: torchrun with N ranks
@@ -131,12 +132,13 @@ step_initcheck() {
   fi
 }
 step_repeat() { ranks 2 -m benchmarks.ep --repeat 200; }
-step_bench() { ranks 2 -m benchmarks.ep --json "$logs/bench.json"; }
+step_bench() { ranks 2 -m benchmarks.ep --json "$logs/bench.json"; } # benchmarks.report draws it, where matplotlib is
 step_bench_check() { # against the committed reference; a new one, to be committed if it is right, stays in the logs
   cp benchmarks/reference.json "$logs"
   ranks 2 -m benchmarks.ep --reference benchmarks/reference.json --write-reference "$logs/reference.json"
 }
 step_bench_model() { ranks 2 -m benchmarks.ep --check-model --json "$logs/bench_model.json"; }
+step_bench_trace() { ranks 2 -m benchmarks.ep --trace "$logs/bench_trace.json"; }
 step_bench_sm() { python3 -m benchmarks.sm --json "$logs/bench_sm.json"; }
 
 known() { awk -v what="$1" 'NF && (what == "" || $1 == what || $2 == what)' <<<"$STEPS"; } # lines of STEPS

@@ -269,6 +269,10 @@ def wrong_buffers(t: Table) -> Iterator[Mistake]:
         yield Mistake(hint, f"get_buffer_size_hint({group!r})", kind, text)
     yield t.building(ValueError, "num_max_tokens_per_rank must be at least 1, but it is 0", num_max_tokens_per_rank=0)
     yield t.building(ValueError, "num_max_tokens_per_rank must be at least 0, but it is -1", num_max_tokens_per_rank=-1)
+    too_many = "num_max_tokens_per_rank must be from 1 to 2097151, but it is 2097152"
+    yield t.building(ValueError, too_many.replace("from 1", "from 0"), num_max_tokens_per_rank=1 << 21)
+    hint = functools.partial(ElasticBuffer.get_buffer_size_hint, t.buffer.group, 1 << 21, HIDDEN)
+    yield Mistake(hint, "get_buffer_size_hint of too many tokens", ValueError, too_many)
     yield t.building(ValueError, "hidden must be at least 1, but it is 0; or pass num_bytes", hidden=0)
     yield t.building(TypeError, "hidden must be an int, but it is a float", hidden=64.0)
     yield t.building(ValueError, "hidden must be a multiple of 8, for rows of 16-byte pieces, but it is 7", hidden=7)

@@ -207,6 +207,12 @@ BUGS = (
         num_sms=TWO_SENDERS),
     Bug("look-back-at-all-blocks", "phases/look_back.cuh", "first + j < device::block_idx()", "first + j < team.end()",
         "", num_sms=TWO_SENDERS, num_tokens=MANY_TOKENS),
+    Bug("publish-before-the-answer", "kernels/dispatch.cuh", "  hear_answer();", "  publish(a.window, epoch, team, "
+        "a.routing.experts_per_rank, tables);\n  hear_answer();", RACE),
+    Bug("neighbours-that-overlap", "wire/blocks.cuh", "return {warp * blocks.count + blocks.own(),",
+        "return {warp + blocks.own(),", "", num_sms=TWO_SENDERS, num_tokens=MANY_TOKENS),
+    Bug("backwards-by-one", "wire/blocks.cuh", "{count - 1 - own, count}", "{count - own, count}", "",
+        race_detector=False),
     Bug("publish-what-one-block-counted", "phases/publish.cuh", "tables.expert_total[rank", "tables.expert_below[rank",
         "", num_sms=TWO_SENDERS, num_tokens=MANY_TOKENS),
     Bug("rank-for-a-position", "phases/route.cuh", "Place{routed.expert, position}.packed()",

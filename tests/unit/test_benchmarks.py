@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import ep, gate, roles, sm
+from benchmarks import report as reports
 from benchmarks.ceilings import Ceilings
 from benchmarks.report import Reading, Report, panels_of
 from benchmarks.timing import MODES, kernel_times
@@ -282,10 +283,22 @@ def test_a_whole_run(calls: None, buffer: ElasticBuffer, tmp_path: Path, capsys:
     wanted = {"median", "low", "high", "kernels", "sm_us", "link_bytes", "gbs", "ratio", "times_floor", "host"}
     assert wanted <= written["readings"][0].keys()
     assert (tmp_path / "a.png").stat().st_size > 10_000
+    read = Report.read(tmp_path / "a.json")
+    assert (read.title, read.facts, read.readings) == (report.title, report.facts, report.readings)
     shown = capsys.readouterr().out
     assert "…" not in shown, "the table is cut off"
     for column in ("end to end", "kernels", "SM-us", "MB", "GB/s", "of link", "x floor", "host"):
         assert column in shown
+
+
+def test_a_plot_of_what_another_host_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = Report("2 x Made Up", FACTS)
+    written.readings = RUN
+    written.write_json(tmp_path / "a.json")
+    monkeypatch.setattr("sys.argv", ["benchmarks.report", str(tmp_path / "a.json"), str(tmp_path / "a.png")])
+    reports.main()
+    assert Report.read(tmp_path / "a.json").readings == RUN
+    assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("ranks", [2, 8])

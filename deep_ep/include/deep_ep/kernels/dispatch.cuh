@@ -55,6 +55,7 @@ EP_DEVICE void tell(const DispatchArgs& a, uint32_t epoch, const Blocks& team, c
       look_back(a.window, epoch, team, a.routing.num_experts, a.patience, tables);
     }
   }
+  // It comes when all who count have come here: what they have added up is there, too.
   hear_answer();
   if (tables.is(Ok::kCounts) && tables.is(Ok::kAgrees)) {  // nobody takes them back any more
     if (kFrom == PlacesFrom::kSelections) publish(a.window, epoch, team, a.routing.experts_per_rank, tables);
