@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Verdict:
 
     failures: list[str]
     notes: list[str]
+    doubtful: set[int] = field(default_factory=set)
+    """Which readings failures come from. They are worth a second look: one reading may be a moment's noise."""
 
 
 def host_of(facts: dict[str, Any]) -> str:
@@ -65,7 +67,8 @@ def compare(
     now, before = figures_of(readings), hosts[host]["times_floor"]
     failures: list[str] = []
     notes: list[str] = []
-    for name, shape in [(each[0].name, each[0].shape) for each in readings]:
+    doubtful: set[int] = set()
+    for i, (name, shape) in enumerate((each[0].name, each[0].shape) for each in readings):
         value, reference = now[name][shape], before.get(name, {}).get(shape)
         line = f"{name} | {shape}: {value:.2f} x its floor"
         if reference is None:
@@ -74,13 +77,14 @@ def compare(
         line += f", {reference:.2f} in the reference ({value / reference - 1:+.0%})"
         if value > reference * (1 + tolerance):
             failures.append(line)
+            doubtful.add(i)
         elif value < reference * (1 - tolerance):
             notes.append(f"{line}: better; {HOW} keeps it so")
     for name in before:
         gone = [shape for shape in before[name] if shape not in now.get(name, {})]
         if calls in name:
             failures += [f"{name} | {shape}: not measured, but {path} has it" for shape in gone]
-    return Verdict(failures, notes)
+    return Verdict(failures, notes, doubtful)
 
 
 def check_model(readings: list[list[Reading]], choose: Callable[[str, int], int], within: float) -> Verdict:
@@ -91,11 +95,14 @@ def check_model(readings: list[list[Reading]], choose: Callable[[str, int], int]
         within: by which part of the best time a choice may be slower.
     """
     sweeps: dict[tuple[str, int, str], dict[int, float]] = {}
-    for each in readings:
+    places: dict[tuple[str, int, str, int], int] = {}
+    for i, each in enumerate(readings):
         worst = slowest(each)
         sweeps.setdefault((worst.name, worst.tokens, worst.mode), {})[worst.sms] = worst.median
+        places[worst.name, worst.tokens, worst.mode, worst.sms] = i
     failures: list[str] = []
     notes: list[str] = []
+    doubtful: set[int] = set()
     for (name, tokens, mode), times in sweeps.items():
         if len(times) == 1:
             continue
@@ -110,10 +117,12 @@ def check_model(readings: list[list[Reading]], choose: Callable[[str, int], int]
             f"{what}: {times[choice]:.1f} us with the model's {choice} SMs, {slower:.0%} above the best of the sweep "
         )
         line += f"({times[best]:.1f} with {best}); {enough} are enough{fit(times)}"
-        (failures if times[choice] > times[best] * (1 + within) else notes).append(line)
+        better = [sms for sms in times if times[choice] > times[sms] * (1 + within)]
+        (failures if better else notes).append(line)
+        doubtful.update(places[name, tokens, mode, sms] for sms in (choice, *better) if better)
     if not failures and not notes:
         failures.append("nothing was swept: --sms and --decode-sms need several numbers")
-    return Verdict(failures, notes)
+    return Verdict(failures, notes, doubtful)
 
 
 def fit(times: dict[int, float]) -> str:

@@ -4,7 +4,8 @@ By what was measured (docs/performance.md, "How many SMs"), the time of a call w
 
     fixed + max(work / n, bytes on the link / the link's speed, bytes of memory / the memory's speed)
 
-so it gains nothing from more SMs than work over the greater of the other two. All of them grow with the number of bytes
+so it gains nothing from more SMs than work over the greater of the other two; but where that is the memory, it still
+gains a little from a fifth more. All of them grow with the number of bytes
 on the link, and with nothing else that a call brings, so the number is one for all sizes of batches and all formats of
 rows; but most calls of few tokens take more (``of_few``). An SM loads and stores one after the other (note 24 there),
 so its work is the sum of both.
@@ -30,6 +31,8 @@ MEMORY_REACHED = MEMORY_GBS / 4916.7
 # SMs wait longer for a slower memory, long before it is the limit: on H100, with 0.68 of it, calls that SMs limit take
 # 0 to 8% more. The law goes through these two; nobody has measured a faster memory, which changes nothing.
 MEMORY_EXPONENT = 0.15
+# Where memory is the limit, times go on to fall by 2 to 10% beyond the bend, and differ more from run to run before it.
+BEYOND_THE_BEND = 1.2
 
 VERY_FEW_TOKENS, FEW_TOKENS = 32, 512
 
@@ -50,8 +53,8 @@ class Kind(enum.Enum):
 
 
 FEW_TOKENS_SMS = {
-    Kind.DISPATCH: 48,
-    Kind.EXPANDED_DISPATCH: 64,
+    Kind.DISPATCH: 64,
+    Kind.EXPANDED_DISPATCH: 72,
     Kind.COMBINE: 32,
     Kind.COMBINE_IN_PLACE: 32,
     Kind.COMBINE_OF_SUMS: 64,
@@ -157,7 +160,7 @@ def work_of(kind: Kind, num_ranks: int, num_topk: int) -> Work:
 
 
 def num_sms(kind: Kind, num_ranks: int, num_topk: int, speeds: Speeds) -> int:
-    """SMs with which the link, or the memory, becomes the limit.
+    """SMs with which the link becomes the limit, or a few more than those with which the memory does.
 
     Args:
         num_ranks: of the NVLink domain.
@@ -167,15 +170,14 @@ def num_sms(kind: Kind, num_ranks: int, num_topk: int, speeds: Speeds) -> int:
         an even number, at least 4, whatever a device has.
     """
     work = work_of(kind, num_ranks, num_topk)
-    link_gbs = min(speeds.link, speeds.memory / work.memory)
+    link_gbs = min(speeds.link, BEYOND_THE_BEND * speeds.memory / work.memory)
     return max(4, align(math.ceil(link_gbs * work.sm_seconds(speeds)), 2))
 
 
 def of_few(kind: Kind, num_tokens: int) -> int:
     """SMs that a call takes at least for so few tokens: it is then limited by trips to memory, of which a warp makes as
     many, one after the other, as it has rows to copy, pieces of rows to add, and rows in a sum. With very few tokens no
-    warp has two. Measured with up to 512 tokens in combine, 128 and 256 in dispatch (docs/performance.md, "How many
-    SMs", "Few tokens")."""
+    warp has two. Measured with up to 512 tokens (docs/performance.md, "How many SMs", "Few tokens")."""
     return FEW_TOKENS_SMS.get(kind, 0) if VERY_FEW_TOKENS < num_tokens <= FEW_TOKENS else 0
 
 
