@@ -14,7 +14,7 @@ only checks that so many runs are bit-identical. Three options have sizes of the
     --reference FILE         ends with 1 if a call is slower by more than --tolerance, as a multiple of its floor
     --check-model            ends with 1 if the model's number of SMs is worse by more than 5% than the best of a sweep
 
-What would end it with 1 is timed again, and that is what counts.
+What would end it with 1 is timed again, and so is all that a reference gets; that is what counts then.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from benchmarks.workload import CALLS, Shape, Workload, join
 
 TRACED_SMS = 24
 MODEL_WITHIN = 0.05
-SECOND_LOOKS = 3  # at each call that would fail, by turns, since what a host does beside lasts a while
+SECOND_LOOKS = 3  # at each reading that is doubtful, by turns, since what a host does beside lasts a while
+MOST_DOUBTFUL = 30  # readings: what makes more of them fail is no moment's noise
 
 # What is measured unless something else is asked for.
 USUAL = {
@@ -144,7 +145,7 @@ class Case(NamedTuple):
 
 
 class Bench:
-    """One run. All methods are collective but ``choice`` and ``facts``."""
+    """One run. ``run`` is collective, and so is what it calls but for ``publish``."""
 
     def __init__(
         self,
@@ -169,10 +170,11 @@ class Bench:
             # In a pass of its own, since the profiler disturbs.
             for i, case in enumerate(self.cases()):
                 report.add_kernels(i, self.stopwatch.kernels(case.known["mode"], case.prepare()))
-        doubtful = gathered(set().union(*(verdict.doubtful for verdict in self.verdicts().values())))[0]
-        if doubtful:
+        verdicts, looked = self.verdicts(), set[int]()
+        while doubtful := self.doubtful(verdicts) - looked:
             self.look_again(doubtful)
-        verdicts = self.verdicts()
+            looked |= doubtful
+            verdicts = self.verdicts()
         if dist.get_rank() == 0:
             self.publish(verdicts)
         return any(verdict.failures for verdict in verdicts.values())
@@ -214,11 +216,16 @@ class Bench:
         asynchronous = functools.partial(ready, async_with_compute_stream=True)
         return {"host": self.stopwatch.host(ready), "host_async": self.stopwatch.host(asynchronous)}
 
-    def look_again(self, doubtful: set[int]) -> None:
-        """Time calls that would fail, and those that make them fail, once more: that counts.
+    def doubtful(self, verdicts: dict[str, gate.Verdict]) -> set[int]:
+        """Readings to time again: whatever a reference gets, or what failures come from."""
+        everything = set(range(len(self.report.readings)))
+        if self.arguments.write_reference:
+            return everything
+        found = set[int]().union(*(verdict.doubtful for verdict in verdicts.values()))
+        return found if len(found) <= MOST_DOUBTFUL else set()
 
-        By turns, since what else a host does may last a while.
-        """
+    def look_again(self, doubtful: set[int]) -> None:
+        """Time these readings' calls again, by turns."""
         if dist.get_rank() == 0:
             print(f"A second look at {len(doubtful)} of {len(self.report.readings)} readings:", flush=True)
         times: dict[int, list[float]] = {i: [] for i in sorted(doubtful)}
@@ -234,7 +241,11 @@ class Bench:
         return self.buffer._end().num_sms(0, CALLS[name].kind, self.arguments.topk, tokens)
 
     def verdicts(self) -> dict[str, gate.Verdict]:
-        """Of what was asked for: what it is about, and how it is."""
+        """Of what was asked for: what it is about, and how it is; on all ranks what rank 0 finds."""
+        return gathered(self.judge() if dist.get_rank() == 0 else {})[0]
+
+    def judge(self) -> dict[str, gate.Verdict]:
+        """Verdicts of one rank."""
         arguments, report = self.arguments, self.report
         found = {}
         if arguments.reference:

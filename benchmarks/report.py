@@ -19,6 +19,7 @@ import torch.distributed as dist
 WIDTH = 178  # columns of the table
 CAPTION = """\
 Microseconds. End to end: median (quartiles) of each rank, or of the slowest of many; all else: of the worst rank.
+*: by a second look (see --help).
 Kernels: of this package, by the profiler. SM-us: SMs x time that kernels hold them. MB: sent over the link by one rank.
 Of link: part of its ceiling. x floor: end to end, over a barrier and those bytes at the ceiling.
 Host: of the CPU; of the same call, asynchronous."""
@@ -42,6 +43,7 @@ class Reading:
     host: float | None  # a graph's replay is not the host's work
     host_async: float | None = None  # of the same call with async_with_compute_stream
     kernels: tuple[float, ...] = ()  # of this package, in the order of their launches; none: not looked at
+    is_second: bool = False  # look, with times of its own; the host's are of the first one
 
     @property
     def gbs(self) -> float:
@@ -68,13 +70,17 @@ class Reading:
 
     @staticmethod
     def of(times: list[float], **known: Any) -> Reading:
-        low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
-        return Reading(median=median, low=low, high=high, **known)
+        return Reading(**spread_of(times), **known)
 
     def again(self, times: list[float]) -> Reading:
-        """The same call with other times."""
-        low, median, high = statistics.quantiles(times, n=4)
-        return replace(self, median=median, low=low, high=high)
+        """The same call, by a second look."""
+        return replace(self, **spread_of(times), is_second=True)
+
+
+def spread_of(times: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    return {"median": median, "low": low, "high": high}
 
 
 def slowest(everyone: list[Reading]) -> Reading:
@@ -210,7 +216,7 @@ def cells(everyone: list[Reading]) -> list[str]:
         str(first.tokens or "-"),
         first.mode,
         str(first.sms),
-        " / ".join(f"{r.median:.1f} ({r.low:.1f}-{r.high:.1f})" for r in shown),
+        " / ".join(f"{r.median:.1f} ({r.low:.1f}-{r.high:.1f})" for r in shown) + (" *" if first.is_second else ""),
         " + ".join(f"{took:.1f}" for took in max((r.kernels for r in everyone), key=sum)) or "-",
         f"{max(r.sm_us for r in everyone):,.0f}",
         f"{max(r.link_bytes for r in everyone) / 1e6:.1f}" if crosses else "-",

@@ -4,11 +4,11 @@ By what was measured (docs/performance.md, "How many SMs"), the time of a call w
 
     fixed + max(work / n, bytes on the link / the link's speed, bytes of memory / the memory's speed)
 
-so it gains nothing from more SMs than work over the greater of the other two; but where that is the memory, it still
-gains a little from a fifth more. All of them grow with the number of bytes
-on the link, and with nothing else that a call brings, so the number is one for all sizes of batches and all formats of
-rows; but most calls of few tokens take more (``of_few``). An SM loads and stores one after the other (note 24 there),
-so its work is the sum of both.
+so it gains nothing from more SMs than work over the greater of the other two, but that near the memory's limit times
+bend slowly: there calls take up to a fifth more. All of them grow with the number of bytes on the link, and with
+nothing else that a call brings, so the number is one for all sizes of batches and all formats of rows; but most calls
+of few tokens take more (``of_few``). An SM loads and stores one after the other (note 24 there), so its work is the sum
+of both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MEMORY_REACHED = MEMORY_GBS / 4916.7
 # SMs wait longer for a slower memory, long before it is the limit: on H100, with 0.68 of it, calls that SMs limit take
 # 0 to 8% more. The law goes through these two; nobody has measured a faster memory, which changes nothing.
 MEMORY_EXPONENT = 0.15
-# Where memory is the limit, times go on to fall by 2 to 10% beyond the bend, and differ more from run to run before it.
+# Where memory is the limit, times still fall by 2 to 5% up to here, and differ less from run to run than at the bend.
 BEYOND_THE_BEND = 1.2
 
 VERY_FEW_TOKENS, FEW_TOKENS = 32, 512
@@ -53,8 +53,8 @@ class Kind(enum.Enum):
 
 
 FEW_TOKENS_SMS = {
-    Kind.DISPATCH: 64,
-    Kind.EXPANDED_DISPATCH: 72,
+    Kind.DISPATCH: 80,
+    Kind.EXPANDED_DISPATCH: 80,
     Kind.COMBINE: 32,
     Kind.COMBINE_IN_PLACE: 32,
     Kind.COMBINE_OF_SUMS: 64,
@@ -160,7 +160,7 @@ def work_of(kind: Kind, num_ranks: int, num_topk: int) -> Work:
 
 
 def num_sms(kind: Kind, num_ranks: int, num_topk: int, speeds: Speeds) -> int:
-    """SMs with which the link becomes the limit, or a few more than those with which the memory does.
+    """SMs with which the link becomes the limit, but no more than a fifth beyond those with which the memory does.
 
     Args:
         num_ranks: of the NVLink domain.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,184 +16,14 @@ import torch
 
 from benchmarks import ep, gate, roles, sm
 from benchmarks import report as reports
-from benchmarks.ceilings import Ceilings
-from benchmarks.report import Reading, Report, panels_of
+from benchmarks.report import Report, panels_of
 from benchmarks.timing import MODES, kernel_times
 from benchmarks.workload import CALLS
 from deep_ep import ElasticBuffer
+from tests.unit.made_up import CEILINGS, FACTS, RUN, both, reading
 
 ROOT = Path(__file__).resolve().parents[2]
-FACTS = {"device": "Made Up", "ranks": 2, "hidden": 7168, "topk": 8, "experts": 256, "link_gbs": 361.0}
-CEILINGS = Ceilings(360.0, 4000.0, launch_us=dict.fromkeys(MODES, 2.0), latency_us={"eager": 6.0, "graph": 4.0})
 SMALL = ["--hidden", "64", "--experts", "4", "--topk", "2", "--prefill", "8,16", "--decode", "1,4", "--iterations", "3"]
-
-
-def reading(median: float = 150.0, **changes: Any) -> Reading:
-    known = {"name": "dispatch", "tokens": 4096, "mode": "eager", "sms": 24, "rank": 0, "link_bytes": 36_000_000}
-    known |= {"ceiling": 100.0, "floor": 106.0, "host": 80.0, "host_async": 70.0}
-    return replace(Reading.of([0.9 * median, median, 1.1 * median], **known), **changes)
-
-
-def both(first: Reading, factor: float = 1.01) -> list[Reading]:
-    """Of two ranks."""
-    return [first, replace(first, rank=1, median=first.median * factor)]
-
-
-RUN = [
-    both(reading()),
-    both(reading(140.0, sms=48)),
-    both(reading(20.0, name="combine", tokens=128, mode="graph", floor=8.0)),
-    both(reading(4.4, name="barrier", tokens=0, mode="graph", sms=1, link_bytes=0, ceiling=0.0, floor=2.0, host=None)),
-]
-
-
-def slower(name: str, factor: float) -> list[list[Reading]]:
-    """The run, with a call whose times are so many times as long."""
-    return [[replace(r, median=r.median * (factor if r.name == name else 1)) for r in each] for each in RUN]
-
-
-@pytest.fixture
-def reference(tmp_path: Path) -> Path:
-    path = tmp_path / "reference.json"
-    gate.write_reference(path, FACTS, RUN)
-    return path
-
-
-# The speed gate
-
-
-def test_reference_is_small_and_readable(reference: Path) -> None:
-    (host, kept), *others = json.loads(reference.read_text()).items()
-    assert (host, others) == ("2 x Made Up, hidden 7168, top-8 of 256", [])
-    assert kept["measured"] == FACTS
-    assert kept["times_floor"] == {
-        "barrier": {"graph": 2.22},
-        "combine": {"128 tokens, graph, 24 SMs": 2.52},
-        "dispatch": {"4096 tokens, eager, 24 SMs": 1.43, "4096 tokens, eager, 48 SMs": 1.33},
-    }
-
-
-def test_the_same_run_passes(reference: Path) -> None:
-    assert gate.compare(reference, FACTS, RUN, 0.1) == gate.Verdict([], [])
-
-
-@pytest.mark.parametrize("name", ["dispatch", "combine", "barrier"])
-def test_drift(reference: Path, name: str) -> None:
-    """Up fails, and says what and by how much; within passes; down is told."""
-    within = gate.compare(reference, FACTS, slower(name, 1.08), 0.1)
-    assert within == gate.Verdict([], [])
-    up = gate.compare(reference, FACTS, slower(name, 1.12), 0.1)
-    assert up.failures
-    assert all(line.startswith(f"{name} | ") and "(+1" in line for line in up.failures)
-    assert up.doubtful == {i for i, each in enumerate(RUN) if each[0].name == name}
-    assert not gate.compare(reference, FACTS, slower(name, 1.12), 0.2).failures
-    down = gate.compare(reference, FACTS, slower(name, 0.8), 0.1)
-    assert (down.failures, all("better; make bench-reference" in line for line in down.notes)) == ([], True)
-    assert len(down.notes) == len(up.failures)
-
-
-def test_a_slower_host_is_no_drift(reference: Path) -> None:
-    """Floors and times move together."""
-    all_slower = [[replace(r, median=1.3 * r.median, floor=1.3 * r.floor) for r in each] for each in RUN]
-    assert gate.compare(reference, FACTS, all_slower, 0.1) == gate.Verdict([], [])
-
-
-def test_one_slow_rank_is_enough(reference: Path) -> None:
-    run = [[RUN[0][0], replace(RUN[0][1], median=2 * RUN[0][1].median)], *RUN[1:]]
-    assert len(gate.compare(reference, FACTS, run, 0.1).failures) == 1
-
-
-def test_missing_figures_are_named(reference: Path) -> None:
-    gone = gate.compare(reference, FACTS, RUN[1:], 0.1)
-    assert gone.failures == [f"dispatch | 4096 tokens, eager, 24 SMs: not measured, but {reference} has it"]
-    assert not gate.compare(reference, FACTS, RUN[2:3], 0.1, calls="combine").failures
-    new = [*RUN, both(reading(30.0, name="combine, expanded", floor=10.0))]
-    (line,) = gate.compare(reference, FACTS, new, 0.1).failures
-    assert line.startswith("combine, expanded | 4096 tokens, eager, 24 SMs: 3.03 x its floor, but ")
-    assert line.endswith("reference.json lacks it; make bench-reference adds it")
-
-
-def test_other_hardware_is_named(reference: Path) -> None:
-    others = {**FACTS, "device": "Another"}
-    (line,) = gate.compare(reference, others, RUN, 0.1).failures
-    assert "nothing of 2 x Another, hidden 7168, top-8 of 256, but of 2 x Made Up, hidden 7168" in line
-    gate.write_reference(reference, others, slower("dispatch", 2))
-    assert gate.compare(reference, others, slower("dispatch", 2), 0.1) == gate.Verdict([], [])
-    assert gate.compare(reference, FACTS, RUN, 0.1) == gate.Verdict([], []), "the first host's figures are gone"
-
-
-def test_an_empty_reference_is_told(tmp_path: Path) -> None:
-    (tmp_path / "reference.json").write_text("{}\n")
-    (line,) = gate.compare(tmp_path / "reference.json", FACTS, RUN, 0.1).failures
-    assert "but of no host at all. There, make bench-reference adds it." in line
-
-
-def test_committed_reference() -> None:
-    """Whatever hosts it has, each has all that `make bench-check` measures."""
-    for host, kept in json.loads((ROOT / "benchmarks" / "reference.json").read_text()).items():
-        assert gate.host_of(kept["measured"]) == host
-        shapes = {f"{tokens} tokens, eager, {sms} SMs" for tokens in ep.GATED["prefill"] for sms in ep.GATED["sms"]}
-        for mode in MODES:
-            shapes |= {f"{n} tokens, {mode}, {sms} SMs" for n in ep.GATED["decode"] for sms in ep.GATED["decode_sms"]}
-        names = {name for name, call in CALLS.items() if call.captures}
-        assert kept["times_floor"].keys() == names | {"barrier"}
-        assert all(kept["times_floor"][name].keys() == shapes for name in names)
-
-
-# The model of SMs
-
-
-def sweep(times: dict[int, float], **changes: Any) -> list[list[Reading]]:
-    return [both(reading(median, sms=sms, **changes)) for sms, median in times.items()]
-
-
-def told(sms: dict[str, int]) -> Callable[[str, int], int]:
-    """Choices by the name of a call, for any number of tokens."""
-    return lambda name, tokens: sms[name]
-
-
-def test_model_within_a_sweep() -> None:
-    flat = {8: 300.0, 16: 170.0, 22: 120.0, 24: 118.0, 48: 116.0}
-    verdict = gate.check_model([*sweep(flat), *RUN[2:]], told({"dispatch": 22, "combine": 4, "barrier": 1}), 0.05)
-    assert verdict.failures == []
-    assert verdict.notes == [
-        "dispatch | 4096 tokens, eager: 121.2 us with the model's 22 SMs, 3% above the best of the sweep (117.2 with "
-        "48); 22 are enough; where SMs are the limit about 40 us + 2101 SM-us / SMs"
-    ]
-
-
-def test_model_outside_of_a_sweep() -> None:
-    """Too few SMs fail, and so do too many where more are slower; each call and batch is judged by itself."""
-    steep, hump = {16: 176.0, 22: 140.0, 32: 115.0, 48: 112.0}, {16: 95.0, 22: 120.0, 32: 130.0, 48: 140.0}
-    verdict = gate.check_model([*sweep(steep), *sweep(hump, tokens=128)], told({"dispatch": 22}), 0.05)
-    assert [line.split(":")[0] for line in verdict.failures] == [
-        "dispatch | 4096 tokens, eager",
-        "dispatch | 128 tokens, eager",
-    ]
-    assert "25% above the best of the sweep (113.1 with 48); 32 are enough" in verdict.failures[0]
-    assert verdict.doubtful == {1, 2, 3, 4, 5}, "the choices, and all that are better than they may be"
-
-
-def test_each_call_has_its_own_choice() -> None:
-    steep = {16: 176.0, 22: 140.0, 32: 115.0, 48: 112.0}
-    run = [*sweep(steep), *sweep(steep, name="combine")]
-    verdict = gate.check_model(run, told({"dispatch": 32, "combine": 22}), 0.05)
-    assert [line.split(":")[0] for line in verdict.failures] == ["combine | 4096 tokens, eager"]
-    assert [line.split(":")[0] for line in verdict.notes] == ["dispatch | 4096 tokens, eager"]
-
-
-def test_fit() -> None:
-    """Only where the link is not the limit."""
-    times = {sms: max(35 + 2256 / sms, 112) for sms in (8, 16, 24, 32, 48, 96)}
-    assert gate.fit(times) == "; where SMs are the limit about 35 us + 2256 SM-us / SMs"
-    assert gate.fit({16: 130.0, 24: 112.0, 48: 111.0}) == ""
-
-
-def test_model_that_was_not_measured() -> None:
-    (line,) = gate.check_model(sweep({16: 176.0, 24: 150.0}), told({"dispatch": 22}), 0.05).failures
-    assert "the model's 22 SMs are not in the sweep" in line
-    (line,) = gate.check_model(RUN[2:], told({"dispatch": 22, "combine": 22}), 0.05).failures
-    assert "nothing was swept" in line
 
 
 # Readings
@@ -334,7 +164,7 @@ def test_the_gate_by_its_options(
 class Disturbed(MadeUpTimes):
     """Something else keeps the host busy while the calls of some numbers are timed."""
 
-    def __init__(self, disturbed: range, factor: float) -> None:
+    def __init__(self, disturbed: Collection[int], factor: float) -> None:
         super().__init__()
         self.disturbed, self.slower, self.num_timed = disturbed, factor, 0
 
@@ -344,24 +174,109 @@ class Disturbed(MadeUpTimes):
         return super().times(mode, call, iterations)
 
 
-def test_what_fails_is_looked_at_again(
-    calls: None, buffer: ElasticBuffer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """And nothing else: noise that has gone fails nothing, and noise that has come hides nothing."""
+@pytest.fixture
+def kept(calls: None, buffer: ElasticBuffer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, Report]:
+    """A reference, and the run that it was made of."""
     path = str(tmp_path / "reference.json")
-    quiet, _ = run(buffer, "--write-reference", path)
-    assert "second look" not in capsys.readouterr().out, "nothing can fail"
+    report, _ = run(buffer, "--write-reference", path)
+    capsys.readouterr()
+    return path, report
+
+
+def test_what_fails_is_looked_at_again(
+    buffer: ElasticBuffer, kept: tuple[str, Report], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing else: noise that has gone fails nothing, in the table it is told, and in the JSON."""
+    (path, quiet), json_path = kept, tmp_path / "a.json"
     num_readings = len(quiet.readings)
-    noisy = Disturbed(range(3, 5), 1.5)
-    report, failed = run(buffer, "--reference", path, stopwatch=noisy)
+    noisy = Disturbed([*range(3, 5), num_readings + 1, num_readings + 4], 1.5)  # of each call, one look in three, too
+    report, failed = run(buffer, "--reference", path, "--json", str(json_path), stopwatch=noisy)
     assert not failed
-    assert f"A second look at 2 of {num_readings} readings:\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"A second look at 2 of {num_readings} readings:\n" in shown
+    assert shown.count(" * ") == 2
     assert noisy.num_timed == num_readings + 2 * ep.SECOND_LOOKS
-    assert gate.figures_of(report.readings) == gate.figures_of(quiet.readings)
-    slow = Disturbed(range(3, 10_000), 1.5)
-    report, failed = run(buffer, "--reference", path, stopwatch=slow)
-    assert failed
-    assert slow.num_timed == num_readings + (num_readings - 3) * ep.SECOND_LOOKS
+    for name, figures in gate.figures_of(quiet.readings).items():
+        assert gate.figures_of(report.readings)[name] == pytest.approx(figures, rel=0.02)
+    assert [i for i, each in enumerate(Report.read(json_path).readings) if each[0].is_second] == [3, 4]
+    assert all(each[0].kernels == () for each in report.readings), "the profiler would disturb what comes after it"
+
+
+def test_what_is_slow_stays_so(buffer: ElasticBuffer, kept: tuple[str, Report]) -> None:
+    path, quiet = kept
+    num_readings = len(quiet.readings)
+    slow = Disturbed([3, *range(num_readings, 10_000)], 1.5)
+    assert run(buffer, "--reference", path, stopwatch=slow)[1] is True
+    assert slow.num_timed == num_readings + ep.SECOND_LOOKS
+    all_slow = Disturbed(range(10_000), 1.5)
+    assert run(buffer, "--reference", path, stopwatch=all_slow)[1] is True
+    assert all_slow.num_timed == num_readings, "that is no noise"
+
+
+def test_a_reference_gets_second_looks_alone(buffer: ElasticBuffer, kept: tuple[str, Report], tmp_path: Path) -> None:
+    path, other = kept[0], str(tmp_path / "other.json")
+    num_readings = len(kept[1].readings)
+    noisy = Disturbed([0, 3], 3.0)
+    assert run(buffer, "--reference", path, "--write-reference", other, stopwatch=noisy)[1] is False
+    assert noisy.num_timed == num_readings * (1 + ep.SECOND_LOOKS)
+    assert json.loads(Path(other).read_text()) == json.loads(Path(path).read_text())
+
+
+class Looks(MadeUpTimes):
+    """Times by the number of SMs: of the first look, and of all later ones."""
+
+    def __init__(self, of_sms: dict[int, tuple[float, float]]) -> None:
+        super().__init__()
+        self.of_sms, self.seen = of_sms, list[int]()
+
+    def times(self, mode: str, call: Callable[[], Any], iterations: int) -> list[float]:
+        sms = call()
+        self.seen.append(sms)
+        return [self.of_sms[sms][self.seen.count(sms) > 1]] * iterations
+
+
+def test_second_looks_until_nothing_new_is_doubtful(calls: None, buffer: ElasticBuffer) -> None:
+    """What the choice is compared with at the end has been looked at as often as the choice: 6 SMs were good enough
+    beside its first look and are not beside its second."""
+    looks = Looks({4: (106.0, 107.0), 5: (100.0, 103.0), 6: (101.5, 103.0), 8: (106.0, 106.0)})
+    options = "--check-model", "--calls", "combine, in", "--prefill", "8", "--decode", "", "--sms", "4,5,6,8"
+    report, failed = run(buffer, *options, stopwatch=looks)
+    assert not failed
+    assert looks.seen == [4, 5, 6, 8, *[4, 5] * ep.SECOND_LOOKS, *[6] * ep.SECOND_LOOKS]
+    assert [each[0].is_second for each in report.readings] == [True, True, True, False]
+
+
+def test_both_checks_at_once(buffer: ElasticBuffer, kept: tuple[str, Report]) -> None:
+    """Each has second looks."""
+    sms = "--sms", ",".join(map(str, ep.GATED["sms"]))
+    options = "--reference", kept[0], "--check-model", *sms, "--tolerance", "9"
+    bench = ep.Bench(ep.parse([*SMALL, *options]), buffer, MadeUpTimes(), CEILINGS, torch.device("cpu"))
+    found = {"one": gate.Verdict(["bad"], [], {1}), "other": gate.Verdict(["bad"], [], {2})}
+    bench.report.readings = RUN * 4
+    assert bench.doubtful(found) == {1, 2}
+
+
+def test_all_ranks_go_by_what_the_first_one_finds(
+    calls: None, buffer: ElasticBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_both(mine: Any) -> list[Any]:
+        return [found, mine] if isinstance(mine, dict) else [mine]
+
+    found = {"the model": gate.Verdict(["too few SMs"], [])}
+    for module in (ep, reports):
+        monkeypatch.setattr(module, "gathered", of_both)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    assert run(buffer, "--no-kernels", "--prefill", "8", "--decode", "")[1] is True
+
+
+def test_a_second_look_of_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report("2 x Made Up", FACTS)
+    report.readings = [both(reading())]
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr(reports, "gathered", lambda mine: [RUN[0][0], mine])
+    report.look_again(0, [120.0, 130.0, 140.0])
+    first, second = report.readings[0]
+    assert (first, second) == (RUN[0][0], replace(RUN[0][1], low=120.0, median=130.0, high=140.0, is_second=True))
 
 
 def test_the_model_by_its_option(calls: None, buffer: ElasticBuffer, capsys: pytest.CaptureFixture[str]) -> None:
