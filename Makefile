@@ -4,7 +4,7 @@ RANKS ?= 4
 BIN := .venv/bin
 BENCH := $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node gpu -m benchmarks.ep
 
-.PHONY: demo train test lint bench bench-check bench-reference bench-model venv tools toolkits plots
+.PHONY: demo train test lint bench bench-check bench-reference bench-model gpus venv tools toolkits plots
 
 # A mixture-of-experts layer over RANKS ranks: on GPUs if there are enough, else simulated.
 demo: venv
@@ -26,20 +26,24 @@ lint: tools
 	find deep_ep benchmarks -regex '.*\.\(cuh\|hpp\|cpp\)' -exec $(BIN)/clang-format --dry-run -Werror {} +
 
 # Speed, on a host with GPUs.
-bench: plots
+bench: gpus plots
 	$(BENCH)
 
 # Fails if a call has become 10 % slower than the committed reference says, as a multiple of the floor of the same run.
-bench-check: plots
+bench-check: gpus plots
 	$(BENCH) --reference benchmarks/reference.json
 
 # Makes the reference's part for hosts of this kind; to be committed with what made it change.
-bench-reference: plots
+bench-reference: gpus plots
 	$(BENCH) --write-reference benchmarks/reference.json
 
 # Fails if a call with as many SMs as the model says is 5 % slower than with the best number.
-bench-model: plots
+bench-model: gpus plots
 	$(BENCH) --check-model
+
+# Before anything is fetched for them.
+gpus: venv
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("benchmarks need GPUs, and torch sees none")'
 
 venv: .venv/ready
 tools: .venv/tools-ready

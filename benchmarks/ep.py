@@ -22,6 +22,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,13 +36,13 @@ import torch.distributed as dist
 import deep_ep
 from benchmarks import gate
 from benchmarks.ceilings import COPY_BYTES, Ceilings, barrier
-from benchmarks.report import Reading, Report, gathered
+from benchmarks.report import Reading, Report, drawable, gathered, writable
 from benchmarks.timing import MODES, Call, Stopwatch
 from benchmarks.workload import CALLS, Shape, Workload, join
 
 TRACED_SMS = 24
 MODEL_WITHIN = 0.05
-SECOND_LOOKS = 3  # at each reading that is doubtful, by turns, since what a host does beside lasts a while
+SECOND_LOOKS = 3  # at each reading that is doubtful, by turns: what disturbs one may last a while
 MOST_DOUBTFUL = 30  # readings: what makes more of them fail is no moment's noise
 
 # What is measured unless something else is asked for.
@@ -62,19 +64,36 @@ def numbers(text: str) -> list[int]:
     return found
 
 
-def writable(text: str) -> Path:
-    """A file that can be written: better told now than after minutes."""
-    path = Path(text)
-    if not path.resolve().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path.resolve().parent} is no folder")
-    return path
-
-
-def readable(text: str) -> Path:
+def reference(text: str) -> Path:
+    """One that can be read."""
     path = Path(text)
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"{path} is not there; --write-reference makes it")
+    try:
+        gate.hosts_in(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return path
+
+
+def reference_to_write(text: str) -> Path:
+    """One that can be written, if what is there already is one: other hosts' figures stay in it."""
+    path = writable(text)
+    return reference(text) if path.exists() else path
+
+
+def part_of_a_name(text: str) -> str:
+    names = [*CALLS, "barrier"]
+    if not any(text in name for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r} is part of none of {'; '.join(names)}")
+    return text
+
+
+def tolerance(text: str) -> float:
+    part = float(text)
+    if not 0 <= part < math.inf:
+        raise ValueError
+    return part
 
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
@@ -92,20 +111,23 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
         default = ",".join(map(str, USUAL[name]))
         option, metavar = f"--{name.replace('_', '-')}", "N,N,..."
         parser.add_argument(option, type=numbers, metavar=metavar, help=f"{text} (default: {default}; '' for none)")
-    parser.add_argument("--calls", default="", metavar="PART", help=f"of the names: {'; '.join(CALLS)}")
+    names = f"of the names: {'; '.join(CALLS)}"
+    parser.add_argument("--calls", type=part_of_a_name, default="", metavar="PART", help=names)
     parser.add_argument("--iterations", type=int, default=30, metavar="N", help="of each call (default: %(default)s)")
     parser.add_argument("--no-kernels", action="store_true", help="leave out the profiler's pass")
     parser.add_argument("--json", type=writable, metavar="FILE")
-    parser.add_argument("--plot", type=writable, metavar="FILE")
+    parser.add_argument("--plot", type=drawable, metavar="FILE")
     parser.add_argument("--trace", type=writable, metavar="FILE")
     parser.add_argument("--repeat", type=int, default=0, metavar="N")
-    parser.add_argument("--write-reference", type=writable, metavar="FILE")
-    parser.add_argument("--reference", type=readable, metavar="FILE")
-    parser.add_argument("--tolerance", type=float, default=0.1, metavar="PART", help="(default: %(default)s)")
+    parser.add_argument("--write-reference", type=reference_to_write, metavar="FILE")
+    parser.add_argument("--reference", type=reference, metavar="FILE")
+    parser.add_argument("--tolerance", type=tolerance, default=0.1, metavar="PART", help="(default: %(default)s)")
     parser.add_argument("--check-model", action="store_true")
     arguments = parser.parse_args(given)
     if arguments.iterations < 2:
         parser.error("--iterations must be 2 or more: one reading has no spread")
+    if arguments.repeat == 1 or arguments.repeat < 0:
+        parser.error("--repeat must be 2 or more: one run has nothing to differ from")
     if arguments.write_reference and arguments.calls:
         parser.error("--write-reference takes the place of all that a host had, so --calls must not leave any out")
     arguments.gates = bool(arguments.reference or arguments.write_reference)
@@ -118,8 +140,16 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def require(modules: list[str]) -> None:
+    """End with what to install, before minutes are spent."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        sys.exit(f"benchmarks.ep needs {' and '.join(missing)}: pip install 'deep_ep[examples]'")
+
+
 def main() -> int:
     arguments = parse()
+    require(["rich"] if not arguments.plot else ["rich", "matplotlib"])
     group, device = join("benchmarks.ep")
     largest = max([*arguments.prefill, *arguments.decode, -(-2 * COPY_BYTES // (2 * arguments.hidden))])
     buffer = Shape.of(arguments, largest).build(group)
@@ -228,13 +258,14 @@ class Bench:
         """Time these readings' calls again, by turns."""
         if dist.get_rank() == 0:
             print(f"A second look at {len(doubtful)} of {len(self.report.readings)} readings:", flush=True)
-        times: dict[int, list[float]] = {i: [] for i in sorted(doubtful)}
+        turns: dict[int, list[list[float]]] = {i: [] for i in sorted(doubtful)}
         for _ in range(SECOND_LOOKS):
             for i, case in enumerate(self.cases()):
-                if i in times:
-                    times[i] += self.stopwatch.times(case.known["mode"], case.prepare(), self.arguments.iterations)
-        for i, found in times.items():
-            self.report.look_again(i, found)
+                if i in turns:
+                    found = self.stopwatch.times(case.known["mode"], case.prepare(), self.arguments.iterations)
+                    turns[i].append(found)
+        for i, looks in turns.items():
+            self.report.look_again(i, looks)
 
     def choice(self, name: str, tokens: int) -> int:
         """The SMs that a call takes when it is told none."""
@@ -264,8 +295,6 @@ class Bench:
         if arguments.json:  # with the kernels, and with second looks
             report.write_json(arguments.json)
         report.print()
-        if arguments.plot:
-            report.write_plot(arguments.plot)
         for what, verdict in verdicts.items():
             print(f"{what}: {f'{len(verdict.failures)} FAILED' if verdict.failures else 'OK'}")
             for line in [*verdict.notes, *(f"FAILED {failure}" for failure in verdict.failures)]:
@@ -273,6 +302,11 @@ class Bench:
         if arguments.write_reference:
             gate.write_reference(arguments.write_reference, report.facts, report.readings)
             print(f"{arguments.write_reference} holds this run of {gate.host_of(report.facts)}")
+        if arguments.plot:
+            try:
+                report.write_plot(arguments.plot)
+            except ValueError as error:
+                print(f"{arguments.plot} was not written: {error}")
 
     def facts(self) -> dict[str, Any]:
         """What readings depend on."""

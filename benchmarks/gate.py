@@ -36,6 +36,21 @@ def host_of(facts: dict[str, Any]) -> str:
     return f"{facts['ranks']} x {facts['device']}, hidden {facts['hidden']}, top-{facts['topk']} of {facts['experts']}"
 
 
+def hosts_in(path: Path) -> dict[str, Any]:
+    """What a reference holds.
+
+    Raises:
+        ValueError: the file is no reference.
+    """
+    try:
+        hosts = json.loads(path.read_text())
+        assert isinstance(hosts, dict), "no hosts"
+        assert all({"measured", "times_floor"} <= kept.keys() for kept in hosts.values()), "other keys"
+    except (ValueError, AssertionError, AttributeError) as error:
+        raise ValueError(f"{path} is no reference of benchmarks.ep ({type(error).__name__}: {error})") from None
+    return hosts
+
+
 def figures_of(readings: list[list[Reading]]) -> Figures:
     figures: Figures = {}
     for each in readings:
@@ -46,7 +61,7 @@ def figures_of(readings: list[list[Reading]]) -> Figures:
 
 def write_reference(path: Path, facts: dict[str, Any], readings: list[list[Reading]]) -> None:
     """Put this run's figures in the place of those of the same kind of host; others stay."""
-    hosts = json.loads(path.read_text()) if path.exists() else {}
+    hosts = hosts_in(path) if path.exists() else {}
     hosts[host_of(facts)] = {"measured": facts, "times_floor": figures_of(readings)}
     path.write_text(json.dumps(hosts, indent=1, sort_keys=True) + "\n")
 
@@ -60,7 +75,7 @@ def compare(
         tolerance: by which part a figure may be above the one in the reference.
         calls: part of a name; what the reference has of other calls is not missed.
     """
-    hosts, host = json.loads(path.read_text()), host_of(facts)
+    hosts, host = hosts_in(path), host_of(facts)
     if host not in hosts:
         known = "; ".join(hosts) or "no host at all"
         return Verdict([f"{path} has nothing of {host}, but of {known}. There, {HOW} adds it."], [])
@@ -80,6 +95,8 @@ def compare(
             doubtful.add(i)
         elif value < reference * (1 - tolerance):
             notes.append(f"{line}: better; {HOW} keeps it so")
+    if not readings:
+        failures.append(f"nothing was measured of {calls or 'all calls'}")
     for name in before:
         gone = [shape for shape in before[name] if shape not in now.get(name, {})]
         if calls in name:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 WIDTH = 178  # columns of the table
+PICTURES = (".png", ".pdf", ".svg")
 CAPTION = """\
 Microseconds. End to end: median (quartiles) of each rank, or of the slowest of many; all else: of the worst rank.
 *: by a second look (see --help).
@@ -96,11 +98,16 @@ class Report:
         self.readings: list[list[Reading]] = []  # of all ranks each
 
     def add(self, mine: Reading) -> None:
-        self.readings.append(told(mine))
+        self.readings.append(gathered(mine))
+        tell(self.readings[-1])
 
-    def look_again(self, idx: int, times: list[float]) -> None:
-        """What the call that was added as number ``idx`` takes by a second look: that counts."""
-        self.readings[idx] = told(self.readings[idx][dist.get_rank()].again(times))
+    def look_again(self, idx: int, turns: list[list[float]]) -> None:
+        """Second looks at the call that was added as number ``idx``, one a turn. The one that was disturbed least
+        counts: whatever else a host does makes calls slower, never faster."""
+        first = self.readings[idx][dist.get_rank()]
+        of_ranks = gathered([first.again(times) for times in turns])
+        self.readings[idx] = min((list(each) for each in zip(*of_ranks, strict=True)), key=lambda r: slowest(r).median)
+        tell(self.readings[idx])
 
     def add_kernels(self, idx: int, mine: list[float]) -> None:
         """Of the call that was added as number ``idx``."""
@@ -140,25 +147,45 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """What ``write_json`` wrote."""
-        found = json.loads(path.read_text())
-        report, known = cls(found["title"], found["facts"]), {field.name for field in fields(Reading)}
-        for values in found["readings"]:
-            reading = Reading(**{name: value for name, value in values.items() if name in known})
-            reading = replace(reading, kernels=tuple(reading.kernels))
-            if reading.rank == 0:
-                report.readings.append([])
-            report.readings[-1].append(reading)
+        """What ``write_json`` wrote.
+
+        Raises:
+            ValueError: naming the file, if it is something else.
+        """
+        known = {field.name for field in fields(Reading)}
+        try:
+            found = json.loads(path.read_text())
+            report = cls(found["title"], found["facts"])
+            for values in found["readings"]:
+                reading = Reading(**{name: value for name, value in values.items() if name in known})
+                reading = replace(reading, kernels=tuple(reading.kernels))
+                if reading.rank == 0:
+                    report.readings.append([])
+                report.readings[-1].append(reading)
+        except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+            raise ValueError(
+                f"{path} is not what --json of benchmarks.ep writes ({type(error).__name__}: {error})"
+            ) from None
+        for each in report.readings:
+            if len({(reading.name, reading.shape) for reading in each}) > 1:
+                raise ValueError(f"{path} lacks readings of some ranks, from {each[0].name} | {each[0].shape} on")
         return report
 
     def write_plot(self, path: Path) -> None:
-        """Time against SMs where there are several, else against tokens; a line a call, its floor dotted."""
+        """Time against SMs where there are several, else against tokens; a line a call, its floor dotted.
+
+        Raises:
+            ValueError: there is nothing to draw.
+        """
+        panels = panels_of([slowest(each) for each in self.readings])
+        if not panels:
+            raise ValueError("nothing was measured that has a number of tokens, so there is nothing to draw")
+
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        panels = panels_of([slowest(each) for each in self.readings])
         names = list(dict.fromkeys(r.name for _, _, found in panels for r in found))
         figure, axes = pyplot.subplots(
             1, len(panels), figsize=(1 + 5 * len(panels), 6), squeeze=False, layout="constrained"
@@ -184,6 +211,24 @@ class Report:
         pyplot.close(figure)
 
 
+def writable(text: str) -> Path:
+    """A file that can be written: better told now than after minutes."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
+    if not path.resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.resolve().parent} is no folder")
+    return path
+
+
+def drawable(text: str) -> Path:
+    """One that a plot can be written to."""
+    path = writable(text)
+    if path.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{path} must end with one of {', '.join(PICTURES)}")
+    return path
+
+
 def gathered(mine: Any) -> list[Any]:
     """One of each rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -191,13 +236,11 @@ def gathered(mine: Any) -> list[Any]:
     return everyone
 
 
-def told(mine: Reading) -> list[Reading]:
-    """One of each rank, on the terminal too: a run that is cut off has said what it saw."""
-    everyone: list[Reading] = gathered(mine)
+def tell(everyone: list[Reading]) -> None:
+    """On the terminal, once: a run that is cut off has said what it saw."""
     if dist.get_rank() == 0:
         medians = " / ".join(f"{each.median:.1f}" for each in everyone)
-        print(f"{mine.name} | {mine.shape}: {medians} us", flush=True)
-    return everyone
+        print(f"{everyone[0].name} | {everyone[0].shape}: {medians} us", flush=True)
 
 
 def hosts_of(everyone: list[Reading]) -> list[list[float]]:
@@ -246,9 +289,12 @@ def panels_of(readings: list[Reading]) -> list[tuple[str, str, list[Reading]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="what --json of benchmarks.ep has written")
-    parser.add_argument("png", type=Path, help="the picture to make of it")
+    parser.add_argument("png", type=drawable, help="the picture to make of it")
     arguments = parser.parse_args()
-    Report.read(arguments.json).write_plot(arguments.png)
+    try:
+        Report.read(arguments.json).write_plot(arguments.png)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.ep import numbers, writable
+from benchmarks.ep import numbers
+from benchmarks.report import writable
 from deep_ep import plan
 from deep_ep.jit import Built, Kernel, Nvrtc, build
 
@@ -166,6 +165,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.sm needs a GPU, and torch sees none")
+    from rich.console import Console
+    from rich.table import Table
+
     mover = Mover()
     facts = {"device": torch.cuda.get_device_name(mover.device), "torch": torch.__version__}
     facts |= {"rows": ROWS, "row_bytes": ROW_BYTES, "memory_gbs": round(mover.memory_gbs(), 1)}

@@ -167,7 +167,7 @@ class ElasticBuffer(Later):
         return EventHandle()
 
     def memory_report(self) -> str:
-        """Each region of this rank's window: bytes and purpose, a line each."""
+        """Each region of this rank's window: bytes and purpose, a line each; in all, with what lies between them."""
         regions = self._end().layout.regions
         lines = [f"{region.num_bytes:>14,}  {region.name:<10} {region.purpose}" for region in regions]
         return "\n".join([*lines, f"{self._end().layout.total_bytes:>14,}  in all"])
@@ -284,7 +284,7 @@ class ElasticBuffer(Later):
             handle: of an earlier dispatch, whose routing is used again: no counts travel, the host waits for nothing,
                 and sizes are the handle's. topk_idx is None then, and other arguments that the handle knows are left
                 out or the same. The layout is what ``do_expand`` says now, and the handle follows it.
-            do_handle_copy: False lets the handle hold ``topk_idx`` itself.
+            do_handle_copy: False lets the handle hold ``topk_idx`` itself: do not change it while the handle is used.
             do_cpu_sync: True (the default): wait for the counts and return exact sizes, with memory for a few more rows
                 behind them. False: R*M rows, nothing blocks; rows past the real count have recv_topk_idx -1.
             do_expand: one row for each (token, local expert), grouped by expert; each group starts at a multiple of

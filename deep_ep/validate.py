@@ -97,7 +97,7 @@ def is_row_matrix(name: str, value: torch.Tensor) -> torch.Tensor:
             "less than a row: call .contiguous()"
         )
     if value.data_ptr() % 16:
-        raise ValueError(f"{name} starts at an address that is no multiple of 16 bytes; copy it (.clone())")
+        raise ValueError(f"{name} starts at an address that is no multiple of 16 bytes; copy it to one that is")
     return value
 
 

@@ -70,6 +70,11 @@ class Registered:
         offset = tensor.data_ptr() - self._base
         num_bytes = tensor.numel() * tensor.element_size()
         if num_bytes and not 0 <= offset <= self._memory.numel() - num_bytes:
+            if self._memory.data_ptr() != self._base:
+                raise ValueError(
+                    f"{name} is not in this buffer's registered memory any more: resize_() of a registered tensor has "
+                    "moved all of them; build a new buffer, and do not make registered tensors larger"
+                )
             raise ValueError(
                 f"{name} must lie in this buffer's registered memory for zero_copy; make it with "
                 "buffer.registered_empty(), or leave zero_copy out"

@@ -79,6 +79,8 @@ def test_missing_figures_are_named(reference: Path) -> None:
     gone = gate.compare(reference, FACTS, RUN[1:], 0.1)
     assert gone.failures == [f"dispatch | 4096 tokens, eager, 24 SMs: not measured, but {reference} has it"]
     assert not gate.compare(reference, FACTS, RUN[2:3], 0.1, calls="combine").failures
+    nothing = gate.compare(reference, FACTS, [], 0.1, calls="dispatch, in")
+    assert nothing.failures == ["nothing was measured of dispatch, in"]
     new = [*RUN, both(reading(30.0, name="combine, expanded", floor=10.0))]
     (line,) = gate.compare(reference, FACTS, new, 0.1).failures
     assert line.startswith("combine, expanded | 4096 tokens, eager, 24 SMs: 3.03 x its floor, but ")
