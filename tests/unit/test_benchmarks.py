@@ -131,7 +131,7 @@ def test_a_plot_of_what_another_host_has_written(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
-def test_a_plot_of_nothing(
+def test_no_plot_of_nothing(
     calls: None, buffer: ElasticBuffer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.png"

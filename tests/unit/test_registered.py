@@ -118,6 +118,16 @@ def test_what_peers_could_not_read_is_refused() -> None:
         Registered(memory[:0]).place(("x", x), NO_WEIGHTS)
 
 
+def test_what_resize_has_moved_is_refused() -> None:
+    """They share one storage, which moves with any of them."""
+    registered, _ = of_bytes(64 * KIB)
+    x, y = registered.empty([6, 64], torch.bfloat16), registered.empty([6, 64], torch.bfloat16)
+    y.resize_(64, KIB)
+    for tensor in (x, y, registered.empty([6, 64], torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"^x is not in this buffer's registered memory any more: resize_\(\)"):
+            registered.place(("x", tensor), NO_WEIGHTS)
+
+
 def test_words_reach_all_of_it() -> None:
     """A place is told in 32 bits."""
     assert (MOST_BYTES - COPIED_BYTES) // WORD_BYTES < 1 << 32 <= MOST_BYTES // WORD_BYTES
