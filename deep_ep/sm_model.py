@@ -7,8 +7,8 @@ By what was measured (docs/performance.md, "How many SMs"), the time of a call w
 so it gains nothing from more SMs than work over the greater of the other two, but that near the memory's limit times
 bend slowly: there calls take up to a fifth more. All of them grow with the number of bytes on the link, and with
 nothing else that a call brings, so the number is one for all sizes of batches and all formats of rows; but most calls
-of few tokens take more (``of_few``). An SM loads and stores one after the other (note 24 there), so its work is the sum
-of both.
+of few tokens take more (``of_few``). An SM loads and stores one after the other (docs/experiments.md, note 24), so its
+work is the sum of both.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ SWEEPS = [
     Sweep("dispatch bf16", Kind.DISPATCH, 8192, BF16, {16: 555.7, 24: 384.3, 48: 354.2}),
     Sweep("combine", Kind.COMBINE, 8192, BF16, {16: 402.8, 24: 355.6, 48: 360.7}),
 ]
-# The same kind of host and day, the kernels after notes 27 to 33 there, which land labels by warps of their own. Sums
-# of expanded rows were still others.
+# The same kind of host and day, the kernels after notes 27 to 33 of docs/experiments.md, which land labels by warps of
+# their own. Sums of expanded rows were still others.
 LATER = [
     Sweep("later dispatch", Kind.DISPATCH, 4096, FP8, {16: 168.1, 24: 117.0, 48: 110.3}),
     Sweep("later dispatch, expanded", Kind.EXPANDED_DISPATCH, 4096, FP8, {16: 369.7, 24: 255.9, 48: 144.3}),
