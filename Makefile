@@ -41,7 +41,7 @@ bench-reference: gpus plots
 bench-model: gpus plots
 	$(BENCH) --check-model
 
-# Before anything is fetched for them.
+# Ends the benchmarks at once on a host without GPUs.
 gpus: venv
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("benchmarks need GPUs, and torch sees none")'
 

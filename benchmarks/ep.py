@@ -14,7 +14,8 @@ only checks that so many runs are bit-identical. Three options have sizes of the
     --reference FILE         ends with 1 if a call is slower by more than --tolerance, as a multiple of its floor
     --check-model            ends with 1 if the model's number of SMs is worse by more than 5% than the best of a sweep
 
-What would end it with 1 is timed again, and so is all that a reference gets; that is what counts then.
+What would end it with 1 is timed again three times, by turns, and so is all that a reference gets; the least disturbed
+of the three is what counts then (* in the table).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from benchmarks.workload import CALLS, Shape, Workload, join
 TRACED_SMS = 24
 MODEL_WITHIN = 0.05
 SECOND_LOOKS = 3  # at each reading that is doubtful, by turns: what disturbs one may last a while
-MOST_DOUBTFUL = 30  # readings: what makes more of them fail is no moment's noise
+MOST_DOUBTFUL = 30  # readings to look at again: what makes them more is no moment's noise
 
 # What is measured unless something else is asked for.
 USUAL = {
@@ -128,9 +129,13 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
         parser.error("--iterations must be 2 or more: one reading has no spread")
     if arguments.repeat == 1 or arguments.repeat < 0:
         parser.error("--repeat must be 2 or more: one run has nothing to differ from")
+    arguments.gates = bool(arguments.reference or arguments.write_reference)
+    if (arguments.repeat or arguments.trace) and (arguments.gates or arguments.check_model):
+        parser.error("--repeat and --trace time nothing that could be compared; leave the other options out")
+    if arguments.write_reference and arguments.check_model:
+        parser.error("--write-reference and --check-model have different sizes; make two runs")
     if arguments.write_reference and arguments.calls:
         parser.error("--write-reference takes the place of all that a host had, so --calls must not leave any out")
-    arguments.gates = bool(arguments.reference or arguments.write_reference)
     usual = SWEPT if arguments.check_model else GATED if arguments.gates else USUAL
     for name, sizes in usual.items():
         if getattr(arguments, name) is None:
@@ -175,7 +180,7 @@ class Case(NamedTuple):
 
 
 class Bench:
-    """One run. ``run`` is collective, and so is what it calls but for ``publish``."""
+    """One run. Collective: ``run``, and of what it calls ``reading_of``, ``look_again`` and ``verdicts``."""
 
     def __init__(
         self,
@@ -252,7 +257,11 @@ class Bench:
         if self.arguments.write_reference:
             return everything
         found = set[int]().union(*(verdict.doubtful for verdict in verdicts.values()))
-        return found if len(found) <= MOST_DOUBTFUL else set()
+        if len(found) <= MOST_DOUBTFUL:
+            return found
+        if dist.get_rank() == 0:
+            print(f"{len(found)} readings to look at again: that is no noise, so none is", flush=True)
+        return set()
 
     def look_again(self, doubtful: set[int]) -> None:
         """Time these readings' calls again, by turns."""

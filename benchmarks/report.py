@@ -21,10 +21,10 @@ WIDTH = 178  # columns of the table
 PICTURES = (".png", ".pdf", ".svg")
 CAPTION = """\
 Microseconds. End to end: median (quartiles) of each rank, or of the slowest of many; all else: of the worst rank.
-*: by a second look (see --help).
 Kernels: of this package, by the profiler. SM-us: SMs x time that kernels hold them. MB: sent over the link by one rank.
 Of link: part of its ceiling. x floor: end to end, over a barrier and those bytes at the ceiling.
 Host: of the CPU; of the same call, asynchronous."""
+SECOND = "\n*: timed again, by turns; the least disturbed of several looks."
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,10 @@ class Report:
     def table(self) -> Any:
         from rich.table import Table
 
+        is_second = any(reading.is_second for each in self.readings for reading in each)
         table = Table(
             title=self.title,
-            caption=CAPTION,
+            caption=CAPTION + SECOND * is_second,
             title_justify="left",
             caption_justify="left",
         )
@@ -162,12 +163,12 @@ class Report:
                 if reading.rank == 0:
                     report.readings.append([])
                 report.readings[-1].append(reading)
-        except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
             raise ValueError(
                 f"{path} is not what --json of benchmarks.ep writes ({type(error).__name__}: {error})"
             ) from None
         for each in report.readings:
-            if len({(reading.name, reading.shape) for reading in each}) > 1:
+            if len(each) != found["facts"]["ranks"] or len({(reading.name, reading.shape) for reading in each}) > 1:
                 raise ValueError(f"{path} lacks readings of some ranks, from {each[0].name} | {each[0].shape} on")
         return report
 
@@ -224,7 +225,7 @@ def writable(text: str) -> Path:
 def drawable(text: str) -> Path:
     """One that a plot can be written to."""
     path = writable(text)
-    if path.suffix not in PICTURES:
+    if path.suffix.lower() not in PICTURES:
         raise argparse.ArgumentTypeError(f"{path} must end with one of {', '.join(PICTURES)}")
     return path
 

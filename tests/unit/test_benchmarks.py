@@ -146,8 +146,10 @@ def test_no_plot_of_nothing(
         ("{", "is not what --json of benchmarks.ep writes (JSONDecodeError: "),
         ("[]", "is not what --json of benchmarks.ep writes (TypeError: "),
         ("{}", "is not what --json of benchmarks.ep writes (KeyError: 'title')"),
+        ('{"title": "", "facts": {}, "readings": [1]}', "is not what --json of benchmarks.ep writes (AttributeError: "),
         (0, "is not what --json of benchmarks.ep writes (IndexError: "),
         (2, "lacks readings of some ranks, from dispatch | 4096 tokens, eager, 24 SMs on"),
+        (-1, "lacks readings of some ranks, from barrier | graph on"),
     ],
 )
 def test_other_files_are_not_drawn(
@@ -246,7 +248,9 @@ def test_what_fails_is_looked_at_again(
     assert all(each[0].kernels == () for each in report.readings), "the profiler would disturb what comes after it"
 
 
-def test_what_is_slow_stays_so(buffer: ElasticBuffer, kept: tuple[str, Report]) -> None:
+def test_what_is_slow_stays_so(
+    buffer: ElasticBuffer, kept: tuple[str, Report], capsys: pytest.CaptureFixture[str]
+) -> None:
     path, quiet = kept
     num_readings = len(quiet.readings)
     slow = Disturbed([3, *range(num_readings, 10_000)], 1.5)
@@ -254,7 +258,8 @@ def test_what_is_slow_stays_so(buffer: ElasticBuffer, kept: tuple[str, Report]) 
     assert slow.num_timed == num_readings + ep.SECOND_LOOKS
     all_slow = Disturbed(range(10_000), 1.5)
     assert run(buffer, "--reference", path, stopwatch=all_slow)[1] is True
-    assert all_slow.num_timed == num_readings, "that is no noise"
+    assert all_slow.num_timed == num_readings
+    assert f"{num_readings} readings to look at again: that is no noise" in capsys.readouterr().out
 
 
 def test_a_reference_gets_second_looks_alone(buffer: ElasticBuffer, kept: tuple[str, Report], tmp_path: Path) -> None:
@@ -346,6 +351,9 @@ def test_the_model_by_its_option(calls: None, buffer: ElasticBuffer, capsys: pyt
         (["--tolerance", "-1"], "invalid tolerance value: '-1'"),
         (["--repeat", "1"], "one run has nothing to differ from"),
         (["--repeat", "-3"], "one run has nothing to differ from"),
+        (["--repeat", "9", "--check-model"], "time nothing that could be compared"),
+        (["--trace", "a.json", "--write-reference", "a.json"], "time nothing that could be compared"),
+        (["--check-model", "--write-reference", "a.json"], "make two runs"),
         (["--reference", __file__], "test_benchmarks.py is no reference of benchmarks.ep (JSONDecodeError: "),
         (["--write-reference", __file__], "test_benchmarks.py is no reference of benchmarks.ep (JSONDecodeError: "),
         (["--prefill", "", "--trace", "a.json"], "--prefill must not be empty"),

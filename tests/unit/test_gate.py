@@ -114,6 +114,18 @@ def test_committed_reference() -> None:
         assert all(kept["times_floor"][name].keys() == shapes for name in names)
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{'a': 1}", '{"a": {"measured": {}}}', '{"a": {"measured": {}, "times_floor": []}}', None]
+)
+def test_what_is_no_reference(content: str | None, tmp_path: Path) -> None:
+    """None: a folder."""
+    path = tmp_path if content is None else tmp_path / "reference.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{path} is no reference of benchmarks.ep \("):
+        gate.hosts_in(path)
+
+
 # The model of SMs
 
 

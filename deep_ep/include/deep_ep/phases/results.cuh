@@ -19,7 +19,7 @@ template <Return kReturn>
 constexpr bool kIsPlain = kReturn == Return::kRow || kReturn == Return::kInPlace;
 
 // Many rows that lie far apart are added best in long pieces, one row after the other; few rows two at once. A peer's
-// memory takes longest (docs/performance.md).
+// memory takes longest (docs/experiments.md, notes 20, 27 and 39).
 template <Return kReturn>
 constexpr Grasp kGrasp = kReturn == Return::kSum       ? Grasp{.vectors = 7, .rows = 1}
                          : kReturn == Return::kInPlace ? Grasp{.vectors = 7, .rows = 2}
