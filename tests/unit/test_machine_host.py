@@ -65,10 +65,12 @@ def the_host_has_finished() -> None:
         world = world_of(rank)
         del rank
         dist.barrier()
-        assert not world.num_closed, "a peer has not hung up yet"
+        assert not world.num_closed, "no peer has hung up yet"
+        dist.barrier()  # now they may
         dist.barrier()
         ended(world)
         return
+    dist.barrier()
     dist.barrier()
     rank.launch(alone=True)
     text = error_of(lambda: rank.machine.allocate_window(8))
