@@ -38,8 +38,8 @@ class Ceilings:
 
     @staticmethod
     def measure(buffer: deep_ep.ElasticBuffer, stopwatch: Stopwatch, iterations: int) -> Ceilings:
-        """Collective. The buffer's window must hold COPY_BYTES. Of several looks by turns the least disturbed counts:
-        a floor that is too high would hide slower calls, and one that is too high in a reference for good."""
+        """Collective. The buffer's window must hold COPY_BYTES. Of several looks by turns the least disturbed counts: a
+        floor that is too high hides slower calls, and in a reference it makes others fail."""
         here = torch.empty(1 << 30, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
         number = torch.zeros(1, device=here.device)
         calls: dict[tuple[str, str], Call] = {

@@ -172,6 +172,17 @@ def main() -> int:
     return int(failed)
 
 
+def save(path: Path | None, write: Callable[[Path], None]) -> bool:
+    """If a file was asked for; returns False, and says why, if it could not be written: the rest is not lost for it."""
+    try:
+        if path is not None:
+            write(path)
+    except (OSError, ValueError) as error:
+        print(f"{path} was not written: {error}", flush=True)
+        return False
+    return True
+
+
 class Case(NamedTuple):
     """What is timed."""
 
@@ -195,12 +206,13 @@ class Bench:
         self.report = Report(self.title(), self.facts())
 
     def run(self) -> bool:
-        """Time everything, say and write what was found; returns whether something is worse than it may be."""
+        """Time everything, say and write what was found; returns whether anything is worse than it may be, or not
+        written."""
         arguments, report = self.arguments, self.report
         for case in self.cases():
             report.add(self.reading_of(case))
-        if arguments.json and dist.get_rank() == 0:  # whatever becomes of what follows
-            report.write_json(arguments.json)
+        if dist.get_rank() == 0:  # whatever becomes of what follows
+            save(arguments.json, report.write_json)
         if not (arguments.no_kernels or arguments.gates or arguments.check_model):
             # In a pass of its own, since the profiler disturbs.
             for i, case in enumerate(self.cases()):
@@ -210,9 +222,8 @@ class Bench:
             self.look_again(doubtful)
             looked |= doubtful
             verdicts = self.verdicts()
-        if dist.get_rank() == 0:
-            self.publish(verdicts)
-        return any(verdict.failures for verdict in verdicts.values())
+        is_saved = self.publish(verdicts) if dist.get_rank() == 0 else True
+        return not is_saved or any(verdict.failures for verdict in verdicts.values())
 
     def cases(self) -> Iterator[Case]:
         """What is timed, in order."""
@@ -298,24 +309,22 @@ class Bench:
             )
         return found
 
-    def publish(self, verdicts: dict[str, gate.Verdict]) -> None:
-        """On one rank."""
+    def publish(self, verdicts: dict[str, gate.Verdict]) -> bool:
+        """On one rank; returns whether all could be written."""
         arguments, report = self.arguments, self.report
-        if arguments.json:  # with the kernels, and with second looks
-            report.write_json(arguments.json)
         report.print()
         for what, verdict in verdicts.items():
             print(f"{what}: {f'{len(verdict.failures)} FAILED' if verdict.failures else 'OK'}")
             for line in [*verdict.notes, *(f"FAILED {failure}" for failure in verdict.failures)]:
                 print(f"  {line}")
-        if arguments.write_reference:
-            gate.write_reference(arguments.write_reference, report.facts, report.readings)
-            print(f"{arguments.write_reference} holds this run of {gate.host_of(report.facts)}")
-        if arguments.plot:
-            try:
-                report.write_plot(arguments.plot)
-            except ValueError as error:
-                print(f"{arguments.plot} was not written: {error}")
+        write_reference = functools.partial(gate.write_reference, facts=report.facts, readings=report.readings)
+        files: list[tuple[Path | None, Callable[[Path], None]]] = [
+            (arguments.json, report.write_json),  # with the kernels, and with second looks
+            (arguments.write_reference, write_reference),
+            (arguments.plot, report.write_plot),
+        ]
+        lacking = [path for path, write in files if not save(path, write)]
+        return not lacking
 
     def facts(self) -> dict[str, Any]:
         """What readings depend on."""

@@ -65,7 +65,12 @@ def write_reference(path: Path, facts: dict[str, Any], readings: list[list[Readi
     """Put this run's figures in the place of those of the same kind of host; others stay."""
     hosts = hosts_in(path) if path.exists() else {}
     hosts[host_of(facts)] = {"measured": facts, "times_floor": figures_of(readings)}
-    path.write_text(json.dumps(hosts, indent=1, sort_keys=True) + "\n")
+    beside = path.with_name(f"{path.name}.new")  # a full disk must not cost what others have
+    try:
+        beside.write_text(json.dumps(hosts, indent=1, sort_keys=True) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def compare(

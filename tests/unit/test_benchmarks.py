@@ -131,11 +131,22 @@ def test_a_plot_of_what_another_host_has_written(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+def test_a_full_disk(calls: None, buffer: ElasticBuffer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured is on the terminal, other files are written, and the run has failed."""
+    plot = tmp_path / "a.png"
+    assert run(buffer, "--calls", "combine", "--json", "/dev/full", "--plot", str(plot))[1] is True
+    shown = capsys.readouterr().out
+    assert "/dev/full was not written: [Errno 28] No space left on device" in shown
+    assert "end to end" in shown
+    assert plot.stat().st_size > 10_000
+
+
 def test_no_plot_of_nothing(
     calls: None, buffer: ElasticBuffer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.png"
-    run(buffer, "--calls", "barrier", "--no-kernels", "--plot", str(path))
+    assert run(buffer, "--calls", "barrier", "--no-kernels", "--plot", str(path))[1] is True
     assert f"{path} was not written: nothing was measured that has a number of tokens" in capsys.readouterr().out
 
 

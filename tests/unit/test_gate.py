@@ -96,6 +96,20 @@ def test_other_hardware_is_named(reference: Path) -> None:
     assert gate.compare(reference, FACTS, RUN, 0.1) == gate.Verdict([], []), "the first host's figures are gone"
 
 
+def test_a_full_disk_costs_no_reference(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, text: str) -> int:
+        with path.open("w") as file:
+            file.write(text[:100])
+        raise OSError(28, "No space left on device")
+
+    before = reference.read_text()
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(OSError, match="No space left"):
+        gate.write_reference(reference, {**FACTS, "device": "Another"}, RUN)
+    assert reference.read_text() == before
+    assert list(reference.parent.iterdir()) == [reference]
+
+
 def test_an_empty_reference_is_told(tmp_path: Path) -> None:
     (tmp_path / "reference.json").write_text("{}\n")
     (line,) = gate.compare(tmp_path / "reference.json", FACTS, RUN, 0.1).failures
